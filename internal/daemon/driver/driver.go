@@ -1,0 +1,121 @@
+// Package driver holds the contracts between the VM manager and the host: what a
+// virtual machine monitor, a root disk, a guest channel and an inventory of host
+// objects must do. It holds no code. Package fake has a stateful fake of each,
+// and the conformance suites in package fake/conformance run on fakes and real
+// drivers alike.
+//
+// Drivers return wrapped errno values and never log. Release-like calls (Detach,
+// Remove) take "absent" as success, so that one path serves stop, rollback,
+// delete and crash recovery.
+package driver
+
+import (
+	"context"
+	"net"
+)
+
+// Host is what daemon.Open found on this machine and wired.
+type Host struct {
+	VMM         VMM
+	Disk        Disk
+	Inventories []Inventory
+}
+
+// VMM knows one virtual machine monitor. It starts no process: the shim does, by
+// the Command that the VMM makes. dir is always the VM's directory, which is the
+// VMM's working directory.
+type VMM interface {
+	// Name is "qemu", "firecracker" or "fake".
+	Name() string
+	// Probe asks whether the VMM can work here. The error says what is missing.
+	Probe(ctx context.Context) (Ability, error)
+	// Command is a pure function of spec and of what Probe found.
+	Command(spec Spec) (Command, error)
+	// Boot returns when the process that was just started executes its guest.
+	Boot(ctx context.Context, dir string) error
+	// PowerButton asks the guest through the VMM to shut down; errors.ErrUnsupported
+	// when the VMM has no such thing.
+	PowerButton(ctx context.Context, dir string) error
+	// Channel reaches the agent of a running guest. It does no I/O.
+	Channel(dir string, magic []byte) Channel
+}
+
+// Ability is what a VMM can do on this host.
+type Ability struct {
+	Version     string // of the VMM, "7.2.22"
+	Accelerator string // "kvm" or "tcg"
+	Reason      string // why it is not kvm, in words
+}
+
+// Spec describes one boot. All paths are relative to the VM's directory.
+type Spec struct {
+	ID     string
+	Name   string
+	CPUs   int
+	Memory int64 // bytes, a multiple of 1 MiB
+	Kernel string
+	Initrd string
+	// Cmdline is appended to what the VMM itself needs on the kernel's command line.
+	Cmdline []string
+	Disks   []DiskSpec
+}
+
+// DiskSpec is one virtio disk.
+type DiskSpec struct {
+	Serial   string // at most 20 bytes; how the guest finds it
+	Path     string
+	Format   string // "raw" or "qcow2"
+	ReadOnly bool
+}
+
+// Command is a process to start: Argv[0] is a path or is looked up in PATH.
+type Command struct {
+	Argv []string
+	Env  []string // complete; nothing is inherited
+}
+
+// Disk makes root disks. path is absolute.
+type Disk interface {
+	// Name is "reflink", "qcow2", "copy" or "dm-snapshot".
+	Name() string
+	// Create makes the disk at path from the image base, size bytes long for the
+	// guest, and syncs it; after an error or a crash Remove undoes it.
+	Create(ctx context.Context, base, path string, size int64) error
+	// Attach makes the disk ready for a VMM and returns how to open it. It is
+	// undone by Detach and dies with the host's boot.
+	Attach(ctx context.Context, vm, path string) (Attached, error)
+	Detach(ctx context.Context, vm, path string, a Attached) error
+	// Remove deletes the disk and its data.
+	Remove(ctx context.Context, path string) error
+}
+
+// Attached is how a VMM opens a disk, and what was made on the host for it.
+type Attached struct {
+	Path   string `json:"path"`   // relative to the VM's directory, or a device
+	Format string `json:"format"` // "raw" or "qcow2"
+	// Device names the host object that was made, empty for none.
+	Device string `json:"device,omitempty"`
+}
+
+// Channel dials the guest's agent. A Dial while the guest is not up yet waits
+// until it is or ctx ends.
+type Channel interface {
+	Dial(ctx context.Context) (net.Conn, error)
+	// Close ends all connections; the guest goes on.
+	Close() error
+}
+
+// Inventory lists one kind of host object that bears this instance's mark.
+type Inventory interface {
+	Kind() string // "dm", "loop", …
+	List(ctx context.Context) ([]Object, error)
+	// Remove takes "absent" as success.
+	Remove(ctx context.Context, o Object) error
+}
+
+// Object is one thing on the host.
+type Object struct {
+	Kind string
+	Name string
+	VM   string // the id of the VM that it was made for
+}
