@@ -1,0 +1,202 @@
+package shim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// ErrLocked is what Launch says when the VM runs already.
+var ErrLocked = errors.New("the VM runs already")
+
+// StartError is a VMM that could not be started, in the shim's words.
+type StartError struct {
+	Text string
+	// Errno is the cause, 0 when there is no such number. Unwrap returns it.
+	Errno syscall.Errno
+}
+
+func (e *StartError) Error() string { return e.Text }
+
+func (e *StartError) Unwrap() error {
+	if e.Errno == 0 {
+		return nil
+	}
+	return e.Errno
+}
+
+// Started is a supervised VM.
+type Started struct {
+	// PID and StartTime name the shim, VMM the process that runs the guest.
+	PID       int
+	StartTime uint64
+	VMM       Process
+}
+
+// Launch starts the supervisor program, and it the VMM, in the VM's directory dir,
+// and returns when the VMM has been exec'd. It makes dir/run and dir/log when they
+// are missing. When it fails, nothing is left running: a VMM that cannot be
+// started is a *StartError, a VM that runs already is ErrLocked, and when ctx ends
+// first the shim is killed and ctx's error returned. The shim is reaped inside.
+func Launch(ctx context.Context, dir, program string, cfg Config) (Started, error) {
+	started, err := launch(ctx, dir, program, cfg)
+	if err != nil {
+		return Started{}, fmt.Errorf("cannot start the VM's supervisor: %w", err)
+	}
+	return started, nil
+}
+
+func launch(ctx context.Context, dir, program string, cfg Config) (Started, error) {
+	if err := ctx.Err(); err != nil {
+		return Started{}, err
+	}
+	if len(cfg.Argv) == 0 {
+		return Started{}, errors.New("no command given")
+	}
+	program, err := filepath.Abs(program)
+	if err != nil {
+		return Started{}, err
+	}
+	lock, err := takeLock(dir)
+	if err != nil {
+		return Started{}, err
+	}
+	defer lock.Close()
+	if err := prepare(dir, cfg); err != nil {
+		return Started{}, err
+	}
+	report, reportWriter, err := os.Pipe()
+	if err != nil {
+		return Started{}, err
+	}
+	defer report.Close()
+	process, err := fork(dir, program, lock, reportWriter)
+	reportWriter.Close()
+	lock.Close()
+	if err != nil {
+		return Started{}, err
+	}
+	self, err := identify(process.Pid)
+	done := make(chan struct{})
+	go func() {
+		_, _ = process.Wait()
+		close(done)
+	}()
+	var vmm Process
+	if err == nil {
+		vmm, err = readReport(ctx, report)
+	}
+	if err != nil {
+		_ = process.Kill()
+		<-done
+		return Started{}, err
+	}
+	return Started{PID: self.PID, StartTime: self.StartTime, VMM: vmm}, nil
+}
+
+// takeLock opens and locks dir/run/lock.
+func takeLock(dir string) (*os.File, error) {
+	path := filepath.Join(dir, lockFile)
+	for _, sub := range []string{filepath.Dir(lockFile), filepath.Dir(exitFile)} {
+		if err := os.Mkdir(filepath.Join(dir, sub), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+			return nil, err
+		}
+	}
+	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	lock := wholeFile(syscall.F_WRLCK)
+	err = fcntlLock(file.Fd(), ofdSetLock, &lock)
+	if errors.Is(err, syscall.EAGAIN) || errors.Is(err, syscall.EACCES) {
+		err = ErrLocked
+	}
+	if err == nil {
+		err = samePath(file, path)
+	}
+	if err != nil {
+		file.Close()
+		return nil, err
+	}
+	return file, nil
+}
+
+// samePath refuses a lock on a file that was removed between its opening and its
+// locking: nobody who asks later would see it.
+func samePath(file *os.File, path string) error {
+	locked, err := file.Stat()
+	if err != nil {
+		return err
+	}
+	there, err := os.Lstat(path)
+	if err != nil {
+		return err
+	}
+	if !os.SameFile(locked, there) {
+		return fmt.Errorf("%s was replaced meanwhile", path)
+	}
+	return nil
+}
+
+func prepare(dir string, cfg Config) error {
+	for _, old := range []string{processesFile, exitFile} {
+		if err := os.Remove(filepath.Join(dir, old)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	cfg.Version = fileVersion
+	return writeJSON(filepath.Join(dir, configFile), cfg, false)
+}
+
+// fork starts the shim with the lock as descriptor 3 and the pipe as 4. Its
+// environment keeps the Go runtime small: one processor's worth of caches however
+// many the host has, and an early collection.
+func fork(dir, program string, lock, report *os.File) (*os.Process, error) {
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer null.Close()
+	return os.StartProcess(program, []string{"banger-shim"}, &os.ProcAttr{
+		Dir:   dir,
+		Env:   []string{"GOMAXPROCS=1", "GOGC=10"},
+		Files: []*os.File{null, null, null, lock, report},
+		Sys:   &syscall.SysProcAttr{Setsid: true},
+	})
+}
+
+// The report is one line, "ok PID STARTTIME" or "error ERRNO TEXT", then the end
+// of the stream.
+func readReport(ctx context.Context, report *os.File) (Process, error) {
+	stop := context.AfterFunc(ctx, func() { _ = report.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	data, err := io.ReadAll(io.LimitReader(report, 64<<10))
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return Process{}, ctx.Err()
+	}
+	if err != nil {
+		return Process{}, err
+	}
+	kind, rest, _ := strings.Cut(strings.TrimSuffix(string(data), "\n"), " ")
+	first, rest, _ := strings.Cut(rest, " ")
+	number, err := strconv.Atoi(first)
+	if err != nil || (kind != "ok" && kind != "error") {
+		return Process{}, errors.New("it ended before it started anything")
+	}
+	if kind == "error" {
+		return Process{}, &StartError{Text: rest, Errno: syscall.Errno(number)}
+	}
+	start, err := strconv.ParseUint(rest, 10, 64)
+	if err != nil {
+		return Process{}, errors.New("it ended before it started anything")
+	}
+	return Process{PID: number, StartTime: start}, nil
+}

@@ -1,0 +1,318 @@
+package shim
+
+import (
+	"encoding/json"
+	"errors"
+	"os"
+	"os/signal"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// The descriptors that a shim is born with, after the three standard ones.
+const (
+	lockFD   = 3
+	reportFD = 4
+)
+
+// drainGrace is how long the shim waits for the end of the VMM's output after the
+// VMM has ended; only a descendant of it can hold the pipes open.
+const drainGrace = 2 * time.Second
+
+// Main is the program banger-shim, and returns its exit code. It must be called
+// from main.main of a process that Launch started, its goroutine locked to the
+// first thread.
+func Main() int {
+	runtime.LockOSThread()
+	signals := make(chan os.Signal, 16)
+	// Caught rather than ignored: a handler does not pass exec, so the VMM starts
+	// with the defaults.
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT,
+		syscall.SIGPIPE, syscall.SIGALRM, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGXFSZ,
+		syscall.SIGTSTP, syscall.SIGTTIN, syscall.SIGTTOU)
+	if err := ownDescriptors(); err != nil {
+		_, _ = os.Stderr.WriteString("banger-shim: " + err.Error() + "\n")
+		return 2
+	}
+	syscall.Umask(0o077)
+	// A core file would hold the guest's memory.
+	_ = syscall.Setrlimit(syscall.RLIMIT_CORE, &syscall.Rlimit{})
+	s := &supervisor{}
+	if err := s.start(); err != nil {
+		s.record(Exit{How: StartFailed, Error: err.Error()})
+		report("error " + strconv.Itoa(int(errnoOf(err))) + " " + err.Error())
+		return 1
+	}
+	report("ok " + strconv.Itoa(s.vmm.PID) + " " + strconv.FormatUint(s.vmm.StartTime, 10))
+	go s.forward(signals)
+	s.record(s.wait())
+	return 0
+}
+
+// report tells the daemon, if there is one, how the start went.
+func report(line string) {
+	line = strings.ReplaceAll(line, "\n", " ") + "\n"
+	_, _ = syscall.Write(reportFD, []byte(line))
+	_ = syscall.Close(reportFD)
+}
+
+// ownDescriptors keeps what Launch gave and closes what a careless ancestor left
+// open: a forgotten pipe would make somebody wait for the VM's end. What the Go
+// runtime opened has close-on-exec set; what came through exec has not.
+func ownDescriptors() error {
+	if err := checkLock(); err != nil {
+		return err
+	}
+	dir, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		return err
+	}
+	for _, entry := range dir {
+		fd, err := strconv.Atoi(entry.Name())
+		if err != nil || fd <= 2 {
+			continue
+		}
+		flags, _, errno := syscall.Syscall(syscall.SYS_FCNTL, uintptr(fd), syscall.F_GETFD, 0)
+		if errno != 0 || flags&syscall.FD_CLOEXEC != 0 {
+			continue
+		}
+		if fd == lockFD || fd == reportFD {
+			syscall.CloseOnExec(fd)
+			continue
+		}
+		_ = syscall.Close(fd)
+	}
+	return nil
+}
+
+// checkLock makes sure that descriptor 3 holds the lock. To lock again what the
+// same description holds already changes nothing.
+func checkLock() error {
+	var given, there syscall.Stat_t
+	if syscall.Fstat(lockFD, &given) != nil || syscall.Stat(lockFile, &there) != nil ||
+		given.Dev != there.Dev || given.Ino != there.Ino {
+		return errors.New("only bangerd starts this program")
+	}
+	lock := wholeFile(syscall.F_WRLCK)
+	if err := fcntlLock(lockFD, ofdSetLock, &lock); err != nil {
+		return errors.New("another process supervises this VM")
+	}
+	return nil
+}
+
+// supervisor is one VMM and its output.
+type supervisor struct {
+	console *console
+	stderr  *stderrLog
+	drained chan struct{}
+	vmm     Process
+
+	mu     sync.Mutex
+	reaped bool // the pid is no longer ours to signal
+}
+
+func (s *supervisor) start() error {
+	data, err := os.ReadFile(configFile)
+	if err != nil {
+		return err
+	}
+	var cfg Config
+	if err := json.Unmarshal(data, &cfg); err != nil || len(cfg.Argv) == 0 {
+		return errors.New("cannot understand " + configFile)
+	}
+	boot, err := bootID()
+	if err != nil {
+		return err
+	}
+	self, err := identify(os.Getpid())
+	if err != nil {
+		return err
+	}
+	s.console = newConsole(cfg.ConsoleLimit)
+	s.stderr = newStderrLog()
+	who := Supervised{Version: fileVersion, BootID: boot, Shim: self}
+	if err := writeJSON(processesFile, who, false); err != nil {
+		return err
+	}
+	if err := s.fork(cfg); err != nil {
+		return err
+	}
+	s.vmm, err = identify(s.vmm.PID)
+	if err == nil {
+		who.VMM = s.vmm
+		err = writeJSON(processesFile, who, false)
+	}
+	if err != nil {
+		_ = syscall.Kill(s.vmm.PID, syscall.SIGKILL)
+		s.wait()
+	}
+	return err
+}
+
+// fork starts the VMM with /dev/null as standard input, its output drained, and
+// the lock as descriptor 3.
+func (s *supervisor) fork(cfg Config) error {
+	program, err := lookPath(cfg.Argv[0], cfg.Env)
+	if err != nil {
+		return &StartError{Text: "cannot start " + cfg.Argv[0] + ": " + err.Error(), Errno: errnoOf(err)}
+	}
+	var out, errs [2]int
+	if err := syscall.Pipe2(out[:], syscall.O_CLOEXEC); err != nil {
+		return err
+	}
+	if err := syscall.Pipe2(errs[:], syscall.O_CLOEXEC); err != nil {
+		return err
+	}
+	pid, err := syscall.ForkExec(program, cfg.Argv, &syscall.ProcAttr{
+		Env:   cfg.Env,
+		Files: []uintptr{0, uintptr(out[1]), uintptr(errs[1]), lockFD},
+		Sys:   &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL},
+	})
+	_ = syscall.Close(out[1])
+	_ = syscall.Close(errs[1])
+	if err != nil {
+		return &StartError{Text: "cannot start " + cfg.Argv[0] + ": " + err.Error(), Errno: errnoOf(err)}
+	}
+	s.vmm.PID = pid
+	s.drained = make(chan struct{}, 2)
+	go func() { drain(out[0], s.console, make([]byte, 8<<10)); s.drained <- struct{}{} }()
+	go func() { drain(errs[0], s.stderr, make([]byte, 4<<10)); s.drained <- struct{}{} }()
+	return nil
+}
+
+// forward passes SIGTERM on and swallows the rest.
+func (s *supervisor) forward(signals <-chan os.Signal) {
+	for sig := range signals {
+		if sig != syscall.SIGTERM {
+			continue
+		}
+		s.mu.Lock()
+		if !s.reaped {
+			_ = syscall.Kill(s.vmm.PID, syscall.SIGTERM)
+		}
+		s.mu.Unlock()
+	}
+}
+
+// wait waits for the VMM and the end of its output, and says how it ended.
+func (s *supervisor) wait() Exit {
+	var status syscall.WaitStatus
+	for {
+		// Seen first and reaped under the mutex, so that no signal goes to whoever
+		// gets the pid next.
+		if err := waitZombie(s.vmm.PID); err == syscall.EINTR {
+			continue
+		}
+		s.mu.Lock()
+		_, err := syscall.Wait4(s.vmm.PID, &status, 0, nil)
+		s.reaped = err != syscall.EINTR
+		s.mu.Unlock()
+		if s.reaped {
+			break
+		}
+	}
+	grace := time.NewTimer(drainGrace)
+	for open := 2; open > 0; open-- {
+		select {
+		case <-s.drained:
+		case <-grace.C:
+			open = 0
+		}
+	}
+	if status.Signaled() {
+		return Exit{How: Signaled, Signal: signalName(status.Signal())}
+	}
+	return Exit{How: Exited, Code: status.ExitStatus()}
+}
+
+// waitZombie waits for the end of a child without reaping it.
+func waitZombie(pid int) error {
+	const pPID = 1 // P_PID of waitid(2)
+	_, _, errno := syscall.Syscall6(syscall.SYS_WAITID, pPID, uintptr(pid), 0,
+		syscall.WEXITED|syscall.WNOWAIT, 0, 0)
+	if errno != 0 {
+		return errno
+	}
+	return nil
+}
+
+// record writes exit.json. Whether it can or not, the shim's work is done: a VM's
+// directory that is gone, or a full disk, is no reason to stay.
+func (s *supervisor) record(e Exit) {
+	e.Version = fileVersion
+	e.At = time.Now().UTC()
+	if s.console != nil {
+		e.Console, e.Intent = lastLines(s.console.last())
+	}
+	if s.stderr != nil {
+		e.Stderr = s.stderr.finish()
+	}
+	_ = writeJSON(exitFile, e, true)
+}
+
+// lookPath finds the VMM as Config.Argv says.
+func lookPath(name string, env []string) (string, error) {
+	if strings.Contains(name, "/") {
+		return name, nil
+	}
+	path := "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+	for _, kv := range env {
+		if value, ok := strings.CutPrefix(kv, "PATH="); ok {
+			path = value
+		}
+	}
+	for _, dir := range strings.Split(path, ":") {
+		const execute = 1 // X_OK of access(2)
+		if strings.HasPrefix(dir, "/") && syscall.Access(dir+"/"+name, execute) == nil {
+			return dir + "/" + name, nil
+		}
+	}
+	return "", syscall.ENOENT
+}
+
+func errnoOf(err error) syscall.Errno {
+	var errno syscall.Errno
+	if errors.As(err, &errno) {
+		return errno
+	}
+	return 0
+}
+
+// signalName is "KILL" and its like for signals that end VMMs, else a number.
+func signalName(sig syscall.Signal) string {
+	switch sig {
+	case syscall.SIGKILL:
+		return "KILL"
+	case syscall.SIGTERM:
+		return "TERM"
+	case syscall.SIGINT:
+		return "INT"
+	case syscall.SIGHUP:
+		return "HUP"
+	case syscall.SIGQUIT:
+		return "QUIT"
+	case syscall.SIGABRT:
+		return "ABRT"
+	case syscall.SIGSEGV:
+		return "SEGV"
+	case syscall.SIGBUS:
+		return "BUS"
+	case syscall.SIGILL:
+		return "ILL"
+	case syscall.SIGFPE:
+		return "FPE"
+	case syscall.SIGPIPE:
+		return "PIPE"
+	case syscall.SIGSYS:
+		return "SYS"
+	case syscall.SIGXCPU:
+		return "XCPU"
+	case syscall.SIGXFSZ:
+		return "XFSZ"
+	}
+	return strconv.Itoa(int(sig))
+}
