@@ -2,7 +2,6 @@ package wire
 
 import (
 	"encoding/binary"
-	"encoding/json"
 	"fmt"
 	"io"
 )
@@ -20,15 +19,6 @@ func WriteFrame(w io.Writer, kind Kind, payload []byte) error {
 	copy(frame[headerLen:], payload)
 	_, err := w.Write(frame)
 	return err
-}
-
-// WriteJSON writes v as the payload of one frame.
-func WriteJSON(w io.Writer, kind Kind, v any) error {
-	payload, err := json.Marshal(v)
-	if err != nil {
-		return err
-	}
-	return WriteFrame(w, kind, payload)
 }
 
 // ReadFrame reads one frame. The payload lies in buf when it fits there. At a

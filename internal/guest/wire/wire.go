@@ -22,6 +22,9 @@ const (
 )
 
 const (
+	// StdinWindow bounds the bytes of stdin that a host has sent and the guest has
+	// not acknowledged, see Request.Acks.
+	StdinWindow = 512 << 10
 	// PortName is the name of the virtio-serial port of the agent.
 	PortName = "banger.agent"
 	// ConfigPath is where the cpio appended to the initramfs puts Config, as JSON.
@@ -35,7 +38,7 @@ const (
 	MagicLen = 16
 	NonceLen = 16
 	// IntentPrefix begins the last line that the guest writes to its console; the
-	// intent follows: "poweroff", "reboot" or "halt". The shim copies it into
+	// intent follows: "poweroff", "reboot", "halt", or "failed" when init could not boot. The shim copies it into
 	// exit.json.
 	IntentPrefix = "banger-intent: "
 )
@@ -96,6 +99,12 @@ type Request struct {
 	Tree     *Tree     `json:"tree,omitempty"`
 	Shutdown *Shutdown `json:"shutdown,omitempty"`
 	Clock    *Clock    `json:"clock,omitempty"`
+	// Acks asks for KindStdinAck frames. The host then never has more than
+	// StdinWindow bytes of stdin under way that were not acknowledged (a guest ends a
+	// stream that exceeds it), and so the guest can always read on: a signal, or the
+	// end of the stream, is seen behind input that the command does not take. Without
+	// it they wait behind that input.
+	Acks bool `json:"acks,omitempty"`
 }
 
 // Exec runs one command. It ends when the command has ended and its output is
@@ -119,7 +128,7 @@ type Tree struct {
 	User string `json:"user,omitempty"` // as Exec.User: whose rights are used, who owns what is made
 	// Paths limits tar to these paths below Dir, each as it is: no wild cards.
 	Paths []string `json:"paths,omitempty"`
-	// Numeric keeps the owners of the archive (root only).
+	// KeepOwners keeps the owners of the archive (root only).
 	KeepOwners bool `json:"keep_owners,omitempty"`
 }
 
@@ -214,4 +223,5 @@ const (
 	KindReply    Kind = 19 // guest, last: the reply of the operation
 	KindExit     Kind = 20 // guest, last: Exit
 	KindError    Kind = 21 // guest, last: Error
+	KindStdinAck Kind = 22 // guest: 4 bytes, big endian: so many more bytes of stdin were taken
 )

@@ -1,0 +1,33 @@
+// Command banger-guest is init and agent of a guest, see packages boot and agent.
+// It is built without cgo, for it runs without a C library.
+package main
+
+import (
+	"os"
+	"runtime/debug"
+
+	"banger/internal/guest/agent"
+	"banger/internal/guest/boot"
+	"banger/internal/guest/wire"
+)
+
+func main() {
+	agent.RunChild()
+	os.Exit(boot.Main(os.Args, serve))
+}
+
+func serve(cfg wire.Config, system *boot.System, port string) error {
+	p, err := agent.OpenPort(port)
+	if err != nil {
+		return err
+	}
+	return agent.New(agent.Options{Config: cfg, Version: version(), System: system}).Serve(p)
+}
+
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	return info.Main.Version
+}
