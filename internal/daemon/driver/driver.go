@@ -1,7 +1,7 @@
 // Package driver holds the contracts between the VM manager and the host: what a
 // virtual machine monitor, a root disk, a guest channel and an inventory of host
-// objects must do. It holds no code. Package fake has a stateful fake of each,
-// and the conformance suites in package fake/conformance run on fakes and real
+// objects must do. It holds no code but the check of a Spec. Package fake has a stateful fake of each,
+// and the conformance suites in package conformance run on fakes and real
 // drivers alike.
 //
 // Drivers return wrapped errno values and never log. Release-like calls (Detach,
@@ -16,8 +16,11 @@ import (
 
 // Host is what daemon.Open found on this machine and wired.
 type Host struct {
-	VMM         VMM
+	VMM VMM
+	// Disk makes new disks. A VM stays with the driver that made its disk: OtherDisks
+	// are those that an earlier probe may have chosen.
 	Disk        Disk
+	OtherDisks  []Disk
 	Inventories []Inventory
 }
 
@@ -55,9 +58,7 @@ type Spec struct {
 	Memory int64 // bytes, a multiple of 1 MiB
 	Kernel string
 	Initrd string
-	// Cmdline is appended to what the VMM itself needs on the kernel's command line.
-	Cmdline []string
-	Disks   []DiskSpec
+	Disks  []DiskSpec
 }
 
 // DiskSpec is one virtio disk.

@@ -1,0 +1,245 @@
+package qemuproc
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"banger/internal/daemon/driver"
+)
+
+var update = flag.Bool("update", false, "write the golden files")
+
+func exampleSpec() driver.Spec {
+	return driver.Spec{
+		ID: "0f9a", Name: "shop", CPUs: 2, Memory: 2 << 30,
+		Kernel: "run/kernel", Initrd: "run/initrd",
+		Disks: []driver.DiskSpec{
+			{Serial: "banger-root", Path: "disk", Format: "raw"},
+			{Serial: "banger-modules", Path: "run/modules", Format: "raw", ReadOnly: true},
+		},
+	}
+}
+
+func exampleSetup() setup {
+	return setup{Program: "/usr/bin/qemu-system-x86_64", Version: "7.2.22", Accel: "tcg", Sandbox: true,
+		Reason: "no kvm", TSC: tsc{KHz: 2596130, Source: "bogomips"}}
+}
+
+// text puts an option and its value on one line.
+func text(args []string) string {
+	var b strings.Builder
+	for i, arg := range args {
+		switch {
+		case i == 0:
+		case strings.HasPrefix(arg, "-"):
+			b.WriteString("\n")
+		default:
+			b.WriteString(" ")
+		}
+		b.WriteString(arg)
+	}
+	return b.String() + "\n"
+}
+
+func TestGoldenArgv(t *testing.T) {
+	kvm := exampleSetup()
+	kvm.Accel, kvm.Reason, kvm.TSC = "kvm", "", tsc{}
+	plain := exampleSetup()
+	plain.Sandbox = false
+	odd := exampleSpec()
+	odd.Name = "a,b"
+	odd.Disks = []driver.DiskSpec{{Serial: "s,1", Path: "di,sk", Format: "qcow2"}}
+	for name, c := range map[string]struct {
+		spec  driver.Spec
+		setup setup
+	}{
+		"tcg":        {exampleSpec(), exampleSetup()},
+		"kvm":        {exampleSpec(), kvm},
+		"no-seccomp": {exampleSpec(), plain},
+		"commas":     {odd, exampleSetup()},
+	} {
+		t.Run(name, func(t *testing.T) {
+			args, err := argv(c.spec, c.setup)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, file := text(args), filepath.Join("testdata", name+".argv")
+			if *update {
+				if err := os.WriteFile(file, []byte(got), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got != string(want) {
+				t.Errorf("argv differs from %s (go test -update writes it):\n%s", file, got)
+			}
+		})
+	}
+}
+
+func TestSpecsThatAreRefused(t *testing.T) {
+	for name, c := range map[string]struct {
+		change func(*driver.Spec)
+		want   string
+	}{
+		"no cpu":            {func(s *driver.Spec) { s.CPUs = 0 }, "0 cpus"},
+		"too many cpus":     {func(s *driver.Spec) { s.CPUs = 256 }, "takes 255"},
+		"little memory":     {func(s *driver.Spec) { s.Memory = 127 << 20 }, "128 MiB"},
+		"odd memory":        {func(s *driver.Spec) { s.Memory += 4096 }, "multiple of 1 MiB"},
+		"no name":           {func(s *driver.Spec) { s.Name = "" }, "no name"},
+		"no kernel":         {func(s *driver.Spec) { s.Kernel = "" }, "its kernel"},
+		"absolute kernel":   {func(s *driver.Spec) { s.Kernel = "/boot/vmlinuz" }, "its kernel"},
+		"initrd above":      {func(s *driver.Spec) { s.Initrd = "run/../../initrd" }, "its initramfs"},
+		"initrd an option":  {func(s *driver.Spec) { s.Initrd = "-initrd" }, "its initramfs"},
+		"disk above":        {func(s *driver.Spec) { s.Disks[0].Path = "../disk" }, "below the VM's directory"},
+		"unknown format":    {func(s *driver.Spec) { s.Disks[0].Format = "" }, "format"},
+		"no serial":         {func(s *driver.Spec) { s.Disks[0].Serial = "" }, "1 to 20 bytes"},
+		"serial of 21":      {func(s *driver.Spec) { s.Disks[0].Serial = strings.Repeat("s", 21) }, "1 to 20 bytes"},
+		"one serial twice":  {func(s *driver.Spec) { s.Disks[1].Serial = s.Disks[0].Serial }, "two of it"},
+		"more than 5 disks": {func(s *driver.Spec) { s.Disks = make([]driver.DiskSpec, 6) }, "6 disks"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			spec := exampleSpec()
+			c.change(&spec)
+			args, err := argv(spec, exampleSetup())
+			if err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("argv %v, error %v; want one with %q", args, err, c.want)
+			}
+		})
+	}
+}
+
+func TestCommandComesAfterProbe(t *testing.T) {
+	if _, err := New(KVMAuto).Command(exampleSpec()); !errors.Is(err, errNotProbed) {
+		t.Errorf("error %v", err)
+	}
+}
+
+func TestAccelerator(t *testing.T) {
+	good := kvmFacts{Virt: "vmx", Device: true, API: 12}
+	for _, c := range []struct {
+		name   string
+		change func(*kvmFacts)
+		accel  string
+		reason string
+	}{
+		{"works", func(*kvmFacts) {}, "kvm", ""},
+		{"works on AMD", func(f *kvmFacts) { f.Virt = "svm" }, "kvm", ""},
+		{"kvm_pvm beside real KVM", func(f *kvmFacts) { f.PVM = true }, "kvm", ""},
+		{"off", func(f *kvmFacts) { f.Off = true }, "tcg", "configuration"},
+		{"kvm_pvm that opens and makes VMs", func(f *kvmFacts) { f.Virt, f.PVM = "", true }, "tcg", "kvm_pvm"},
+		{"no flag, yet a device", func(f *kvmFacts) { f.Virt = "" }, "tcg", "not to be trusted"},
+		{"no flag, no device", func(f *kvmFacts) { f.Virt, f.Device = "", false }, "tcg", "firmware"},
+		{"denied", func(f *kvmFacts) { f.Open = os.ErrPermission }, "tcg", "/dev/kvm: permission denied"},
+		{"another API", func(f *kvmFacts) { f.API = 11 }, "tcg", "version 11"},
+		{"no VM", func(f *kvmFacts) { f.CreateVM = errors.New("device busy") }, "tcg", "makes no VM: device busy"},
+	} {
+		f := good
+		c.change(&f)
+		accel, reason := accelerator(f)
+		if accel != c.accel || !strings.Contains(reason, c.reason) || (reason == "") != (accel == "kvm") {
+			t.Errorf("%s: %q because %q", c.name, accel, reason)
+		}
+	}
+}
+
+func TestKVMFinding(t *testing.T) {
+	for _, c := range []struct {
+		f   kvmFacts
+		fix string
+	}{
+		{kvmFacts{Virt: "svm"}, "sudo modprobe kvm_amd"},
+		{kvmFacts{Virt: "vmx", Device: true, Open: os.ErrPermission}, "sudo usermod -aG kvm $USER"},
+		{kvmFacts{Device: true, PVM: true}, ""},
+	} {
+		if got := kvmFinding(c.f); got.Fix != c.fix || got.Text == "" {
+			t.Errorf("%+v: %+v, want the fix %q", c.f, got, c.fix)
+		}
+	}
+}
+
+const cpuinfo = `processor	: 0
+flags		: fpu vme constant_tsc %s nx
+bogomips	: 5192.26
+
+processor	: 1
+flags		: fpu vmx
+bogomips	: 1.00
+`
+
+func TestCPUInfo(t *testing.T) {
+	for flag, want := range map[string]string{"svm": "svm", "vmx": "vmx", "svm_lock": "", "": ""} {
+		if got := virtFlag(fmt.Sprintf(cpuinfo, flag)); got != want {
+			t.Errorf("flag %q: %q, want %q", flag, got, want)
+		}
+	}
+	if got := bogomipsKHz(cpuinfo); got != 2596130 {
+		t.Errorf("bogomips: %d kHz", got)
+	}
+	for _, bad := range []string{"", "bogomips : 5192.26\n", "flags : constant_tsc\nbogomips : many\n"} {
+		if got := bogomipsKHz(bad); got != 0 {
+			t.Errorf("%q: %d kHz, want 0", bad, got)
+		}
+	}
+}
+
+func TestChooseTSC(t *testing.T) {
+	for _, c := range []struct {
+		bogomips, measured int64
+		want               tsc
+	}{
+		{2596130, 2596900, tsc{2596130, "bogomips"}},
+		{5192260, 2596900, tsc{2596900, "measured"}}, // twice the rate: the guest would live at half speed
+		{2596130, 0, tsc{2596130, "bogomips"}},
+		{0, 2596900, tsc{2596900, "measured"}},
+	} {
+		if got, err := chooseTSC(c.bogomips, c.measured); err != nil || got != c.want {
+			t.Errorf("%d and %d: %v, %v", c.bogomips, c.measured, got, err)
+		}
+	}
+	if _, err := chooseTSC(0, 0); err == nil {
+		t.Error("no source, no error")
+	}
+}
+
+// On a machine with a constant TSC the two sources agree, or one of them is broken.
+func TestSourcesOfTSCAgree(t *testing.T) {
+	got, err := hostTSC()
+	if err != nil {
+		t.Fatal(err)
+	}
+	data, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := bogomipsKHz(string(data)); want != 0 && got.KHz != want {
+		t.Errorf("measured %v, bogomips say %d kHz", got, want)
+	}
+}
+
+func TestVersion(t *testing.T) {
+	for out, want := range map[string]string{
+		"QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)\nCopyright …\n": "7.2.22",
+		"QEMU emulator version 10.0.2\n":                             "10.0.2",
+		"warning: something\nQEMU emulator version 8.2.2 (Debian)\n": "8.2.2",
+		"bash 5.2": "",
+		"":         "",
+	} {
+		got, err := parseVersion(out)
+		if got != want || (err != nil) != (want == "") {
+			t.Errorf("%q: %q, %v", out, got, err)
+		}
+	}
+	machines := "Supported machines are:\nmicrovm-ng           x\nmicrovm              microvm (i386)\n"
+	if !hasMachine(machines, "microvm") || hasMachine(machines, "pc") || hasMachine(machines[:40], "microvm") {
+		t.Error("the table of machines is misread")
+	}
+}

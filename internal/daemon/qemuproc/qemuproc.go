@@ -1,0 +1,190 @@
+// Package qemuproc is the driver.VMM for QEMU's microvm machine. It starts no VM: it
+// looks at the machine once (Probe), turns a spec into an argv (Command), and talks
+// to a running QEMU over two Unix sockets below the VM's directory: run/qmp.sock, for
+// a moment at a time, and run/agent.sock, the host's end of the guest's serial port.
+// Probe comes before Command. QEMU runs in the VM's directory and is given relative
+// paths only; its console is its standard output.
+//
+// KVM is used where it can run a stock kernel, else TCG, which emulates the CPU: see
+// accelerator. What the two need of the kernel's command line differs, see kernelArgs.
+package qemuproc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+
+	"banger/internal/daemon/driver"
+	"banger/internal/daemon/hostcmd"
+	"banger/internal/guest/wire"
+)
+
+const (
+	// ProgramEnv names the environment variable that replaces Program.
+	ProgramEnv = "BANGER_QEMU"
+	// Program is looked up in PATH. Debian has it in the package qemu-system-x86.
+	Program = "qemu-system-x86_64"
+	// QMPSocket and AgentSocket are QEMU's sockets, relative to the VM's directory.
+	QMPSocket   = "run/qmp.sock"
+	AgentSocket = "run/agent.sock"
+)
+
+// KVM says whether KVM may be used.
+type KVM string
+
+const (
+	KVMAuto KVM = "auto" // where it works
+	KVMOff  KVM = "off"
+)
+
+// VMM is QEMU.
+type VMM struct {
+	kvm KVM
+
+	mu     sync.Mutex
+	probed *setup // nil before Probe
+}
+
+// setup is what Probe found, and all of the machine that Command depends on.
+type setup struct {
+	Program string // absolute
+	Version string
+	Accel   string // "kvm" or "tcg"
+	Reason  string // why not kvm
+	Sandbox bool   // this QEMU has seccomp
+	TSC     tsc
+}
+
+// New makes the driver. It does no I/O.
+func New(kvm KVM) *VMM { return &VMM{kvm: kvm} }
+
+// Name is "qemu".
+func (v *VMM) Name() string { return "qemu" }
+
+// Probe runs QEMU for its version and looks at KVM. Without a QEMU that has the
+// microvm machine the error says what to install.
+func (v *VMM) Probe(ctx context.Context) (driver.Ability, error) {
+	s, err := probe(ctx, v.kvm)
+	if err != nil {
+		return driver.Ability{}, err
+	}
+	v.mu.Lock()
+	v.probed = &s
+	v.mu.Unlock()
+	return driver.Ability{Version: s.Version, Accelerator: s.Accel, Reason: s.reason()}, nil
+}
+
+func (s setup) reason() string {
+	if s.Sandbox {
+		return s.Reason
+	}
+	const note = "this QEMU was built without seccomp: only its uid confines it"
+	return strings.TrimPrefix(s.Reason+"; "+note, "; ")
+}
+
+func probe(ctx context.Context, kvm KVM) (setup, error) {
+	program, err := findProgram()
+	if err != nil {
+		return setup{}, err
+	}
+	s := setup{Program: program, Sandbox: true}
+	// A QEMU without seccomp, or of another syntax, refuses the option before it comes
+	// to -version.
+	out, err := run(ctx, program, "-sandbox", sandbox, "-version")
+	if err != nil {
+		s.Sandbox = false
+		if out, err = run(ctx, program, "-version"); err != nil {
+			return setup{}, fmt.Errorf("cannot ask QEMU for its version: %w", err)
+		}
+	}
+	if s.Version, err = parseVersion(out); err != nil {
+		return setup{}, err
+	}
+	machines, err := run(ctx, program, "-machine", "help")
+	if err != nil {
+		return setup{}, fmt.Errorf("cannot ask QEMU for its machines: %w", err)
+	}
+	if !hasMachine(machines, "microvm") {
+		return setup{}, fmt.Errorf("%s %s was built without the machine microvm", program, s.Version)
+	}
+	s.Accel, s.Reason = accelerator(gatherKVM(kvm))
+	if s.Accel == "tcg" {
+		if s.TSC, err = hostTSC(); err != nil {
+			return setup{}, err
+		}
+	}
+	return s, nil
+}
+
+// findProgram returns an absolute path.
+func findProgram() (string, error) {
+	name := os.Getenv(ProgramEnv)
+	if name == "" {
+		name = Program
+	}
+	path, err := hostcmd.LookPath(name)
+	if err != nil {
+		if name == Program && errors.Is(err, exec.ErrNotFound) {
+			return "", fmt.Errorf("%s is not installed (package qemu-system-x86): %w", Program, err)
+		}
+		return "", fmt.Errorf("cannot use %s=%s: %w", ProgramEnv, name, err)
+	}
+	return filepath.Abs(path)
+}
+
+func run(ctx context.Context, argv ...string) (string, error) {
+	out, err := hostcmd.Run(ctx, hostcmd.Command{Argv: argv})
+	return string(out), err
+}
+
+var versionLine = regexp.MustCompile(`(?m)^QEMU emulator version (\d+\.\d+(?:\.\d+)*)`)
+
+// parseVersion reads "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7)".
+func parseVersion(out string) (string, error) {
+	m := versionLine.FindStringSubmatch(out)
+	if m == nil {
+		return "", fmt.Errorf("this is no QEMU: it says %.80q of its version", out)
+	}
+	return m[1], nil
+}
+
+// hasMachine reads the table of "-machine help": a name, spaces, a description.
+func hasMachine(out, name string) bool {
+	for line := range strings.Lines(out) {
+		if first, _, _ := strings.Cut(line, " "); first == name {
+			return true
+		}
+	}
+	return false
+}
+
+var errNotProbed = errors.New("the VMM was not probed")
+
+// Command makes QEMU's command line. An error says what of the spec it cannot do.
+func (v *VMM) Command(spec driver.Spec) (driver.Command, error) {
+	v.mu.Lock()
+	s := v.probed
+	v.mu.Unlock()
+	if s == nil {
+		return driver.Command{}, errNotProbed
+	}
+	args, err := argv(spec, *s)
+	if err != nil {
+		return driver.Command{}, fmt.Errorf("cannot run this VM in QEMU: %w", err)
+	}
+	return driver.Command{Argv: args, Env: []string{"LC_ALL=C.UTF-8"}}, nil
+}
+
+// Channel reaches the agent over the guest's virtio-serial port. QEMU takes one
+// connection at a time: there must be one Channel per VM.
+func (v *VMM) Channel(dir string, magic []byte) driver.Channel {
+	dial := func(ctx context.Context) (net.Conn, error) { return wire.DialUnix(ctx, dir, AgentSocket) }
+	return wire.NewSerial(dial, magic)
+}
