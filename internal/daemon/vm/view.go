@@ -1,0 +1,193 @@
+package vm
+
+import (
+	"context"
+	"fmt"
+	"strconv"
+	"strings"
+
+	"banger/api"
+	"banger/internal/daemon/store"
+	"banger/internal/shim"
+)
+
+// View is a VM as a user sees it.
+type View struct {
+	store.VM
+	Image     string // by name
+	Workspace *store.Workspace
+	// ExecUser is the account that exec uses when none is named, empty while the VM
+	// does not run: the guest maps names and uids that its image holds.
+	ExecUser string
+	// Problem says how what the record says and what the host shows differ.
+	Problem string
+	// Handles are what the running VM holds, for people to read.
+	Handles map[string]string
+}
+
+// List returns all VMs, by name. It asks no guest; a sick VM is listed with
+// its problem.
+func (m *Manager) List(ctx context.Context) ([]View, error) {
+	vms, err := m.store.VMs(ctx)
+	if err != nil {
+		return nil, err
+	}
+	images, err := m.imageNames(ctx)
+	if err != nil {
+		return nil, err
+	}
+	workspaces, err := m.store.Workspaces(ctx)
+	if err != nil {
+		return nil, err
+	}
+	views := make([]View, 0, len(vms))
+	for _, v := range vms {
+		view := View{VM: v, Image: images[v.ImageID], Problem: m.problem(v)}
+		if w, ok := workspaces[v.ID]; ok {
+			view.Workspace = &w
+		}
+		views = append(views, view)
+	}
+	return views, nil
+}
+
+// Show returns one VM with its handles.
+func (m *Manager) Show(ctx context.Context, ref string) (View, error) {
+	v, err := m.Resolve(ctx, ref, true)
+	if err != nil {
+		return View{}, err
+	}
+	images, err := m.imageNames(ctx)
+	if err != nil {
+		return View{}, err
+	}
+	view := View{VM: v, Image: images[v.ImageID], Problem: m.problem(v), Handles: m.handleText(v.ID)}
+	if w, err := m.store.Workspace(ctx, v.ID); err == nil {
+		view.Workspace = &w
+	}
+	if e, ok := m.cache.get(v.ID); ok {
+		view.ExecUser = e.handles.User
+	}
+	return view, nil
+}
+
+func (m *Manager) imageNames(ctx context.Context) (map[string]string, error) {
+	images, err := m.store.Images(ctx)
+	if err != nil {
+		return nil, err
+	}
+	names := make(map[string]string, len(images))
+	for _, i := range images {
+		names[i.ID] = i.Name
+		if i.Name == "" {
+			names[i.ID] = i.ID
+		}
+	}
+	return names, nil
+}
+
+// problem compares the record with the VM's lock.
+func (m *Manager) problem(v store.VM) string {
+	if v.State != store.Running {
+		return ""
+	}
+	if e, ok := m.cache.get(v.ID); ok && e.lost != "" {
+		return e.lost
+	}
+	held, err := shim.Held(m.layout.VM(v.ID).Path())
+	switch {
+	case err != nil:
+		return fmt.Sprintf("cannot ask its lock: %v", err)
+	case !held:
+		return "it has ended and is being cleaned up"
+	}
+	return ""
+}
+
+func (m *Manager) handleText(id string) map[string]string {
+	e, ok := m.cache.get(id)
+	if !ok {
+		return nil
+	}
+	text := map[string]string{"directory": m.layout.VM(id).Path()}
+	h := e.handles
+	if h.Shim != nil {
+		text["shim pid"] = strconv.Itoa(h.Shim.PID)
+	}
+	if h.VMM != nil {
+		text["vmm pid"] = strconv.Itoa(h.VMM.PID)
+	}
+	if h.Attached != nil && h.Attached.Device != "" {
+		text["disk device"] = h.Attached.Device
+	}
+	if h.GuestBootID != "" {
+		text["guest boot id"] = h.GuestBootID
+	}
+	return text
+}
+
+// Resolve finds a VM by name, id, or, with prefix, a unique prefix of either. An
+// exact name wins.
+func (m *Manager) Resolve(ctx context.Context, ref string, prefix bool) (store.VM, error) {
+	if ref == "" {
+		return store.VM{}, api.Errorf(api.Invalid, "no VM named").WithHint("banger ps")
+	}
+	vms, err := m.store.VMs(ctx)
+	if err != nil {
+		return store.VM{}, err
+	}
+	for _, v := range vms {
+		if v.Name == ref {
+			return v, nil
+		}
+	}
+	var found []store.VM
+	for _, v := range vms {
+		if v.ID == ref {
+			return v, nil
+		}
+		if prefix && (strings.HasPrefix(v.Name, ref) || strings.HasPrefix(v.ID, ref)) {
+			found = append(found, v)
+		}
+	}
+	switch len(found) {
+	case 0:
+		if name := prefixOf(vms, ref); name != "" {
+			return store.VM{}, api.Errorf(api.NotFound, "no VM named %s; it is a prefix of %s, and this wants the whole name", ref, name).
+				WithHint("banger show %s", name)
+		}
+		return store.VM{}, notFound(ref)
+	case 1:
+		return found[0], nil
+	}
+	var names []string
+	for _, v := range found {
+		names = append(names, v.Name)
+	}
+	return store.VM{}, api.Errorf(api.Ambiguous, "%s fits several VMs: %s", ref, strings.Join(names, ", ")).
+		WithHint("banger show %s", names[0])
+}
+
+// prefixOf finds a VM whose name begins with ref.
+func prefixOf(vms []store.VM, ref string) string {
+	for _, v := range vms {
+		if strings.HasPrefix(v.Name, ref) {
+			return v.Name
+		}
+	}
+	return ""
+}
+
+// ByRepository finds the VM of a repository by the real path of its top.
+func (m *Manager) ByRepository(ctx context.Context, path string) (store.VM, bool, error) {
+	vms, err := m.store.VMs(ctx)
+	if err != nil {
+		return store.VM{}, false, err
+	}
+	for _, v := range vms {
+		if v.Repository == path {
+			return v, true, nil
+		}
+	}
+	return store.VM{}, false, nil
+}

@@ -1,0 +1,130 @@
+package vm
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"banger/internal/daemon/opstate"
+	"banger/internal/daemon/proc"
+	"banger/internal/daemon/store"
+	"banger/internal/shim"
+)
+
+// reapPoll is how often a watcher looks again while an operation holds the slot,
+// or while the pid of a VM is not known. A VM's state is to be true within a second.
+const (
+	reapPoll = 100 * time.Millisecond
+	// reapPause bounds the pauses after clean-ups that failed.
+	reapPause = 10 * time.Second
+)
+
+// watch begins to wait for the end of a running VM.
+func (m *Manager) watch(v *machine) {
+	id, dir := v.rec.ID, v.dir.Path()
+	var identity *proc.Identity
+	if v.h.Shim != nil {
+		copied := *v.h.Shim
+		identity = &copied
+	}
+	m.background(func(ctx context.Context) {
+		if identity != nil {
+			if err := identity.Wait(ctx); ctx.Err() != nil {
+				return
+			} else if err != nil {
+				m.log.Warn("cannot wait for a shim, polling its lock", "vm", id, "err", err)
+			}
+		}
+		m.reap(ctx, id, dir)
+	})
+}
+
+// reap cleans up after a VM that ended by itself. While an operation holds the slot,
+// that one sees its VMM die and deals with it. A clean-up that fails is tried again.
+func (m *Manager) reap(ctx context.Context, id, dir string) {
+	pause := reapPoll
+	for {
+		if held, err := shim.Held(dir); err == nil && !held {
+			if release, ok := m.slots.TryAcquire(id, opstate.VerbReap); ok {
+				err := m.reapHeld(ctx, id)
+				release()
+				if err == nil {
+					return
+				}
+				m.log.Error("cannot clean up after a VM that ended", "vm", id, "err", err)
+				pause = min(2*pause, reapPause)
+			}
+		}
+		if rec, err := m.store.VM(ctx, id); err == nil && rec.State != store.Running || errors.Is(err, store.ErrNotFound) {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(pause):
+		}
+	}
+}
+
+// reapHeld releases what the ended VM held, and remembers a reboot that the guest
+// asked for.
+func (m *Manager) reapHeld(ctx context.Context, id string) error {
+	rec, err := m.store.VM(ctx, id)
+	if errors.Is(err, store.ErrNotFound) {
+		return nil
+	}
+	if err != nil || rec.State != store.Running {
+		return err // an operation has dealt with it
+	}
+	v, err := m.machine(ctx, rec)
+	if err != nil {
+		return err
+	}
+	if err := m.halt(ctx, v, "reap"); err != nil {
+		return err
+	}
+	m.log.Info("a VM ended by itself", "vm", rec.Name, "how", v.rec.Ended)
+	if rebootAsked(v) {
+		m.rebootLater(id)
+	}
+	return nil
+}
+
+func rebootAsked(v *machine) bool {
+	e, err := shim.ReadExit(v.dir.Path())
+	return err == nil && e.Intent == "reboot"
+}
+
+// rebootLater starts a VM whose guest asked for it, unless an operation of a user
+// gets the slot first: that one says what becomes of the VM (see begin).
+func (m *Manager) rebootLater(id string) {
+	m.reboots.Store(id, true)
+	m.background(func(ctx context.Context) {
+		release, ok := m.slots.TryAcquire(id, opstate.VerbReap)
+		for !ok && ctx.Err() == nil {
+			select {
+			case <-ctx.Done():
+			case <-time.After(reapPoll):
+				release, ok = m.slots.TryAcquire(id, opstate.VerbReap)
+			}
+		}
+		if !ok {
+			return
+		}
+		_, asked := m.reboots.LoadAndDelete(id)
+		release()
+		if !asked {
+			return
+		}
+		if rec, err := m.Start(ctx, id, true, noProgress{}); err != nil && ctx.Err() == nil {
+			m.log.Error("cannot carry out a reboot", "vm", rec.Name, "err", err)
+		}
+	})
+}
+
+// noProgress is for work that nobody watches.
+type noProgress struct{}
+
+func (noProgress) Step(k, n int, name string) {}
+func (noProgress) Bytes(done, total int64)    {}
+func (noProgress) ID() string                 { return "" }
