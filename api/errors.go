@@ -22,6 +22,7 @@ const (
 	NoSpace       Code = "no_space"       // the disk is full
 	Cancelled     Code = "cancelled"      // somebody asked for it to end
 	Unresponsive  Code = "unresponsive"   // the guest did not answer in time
+	Ended         Code = "ended"          // the VM ended where it should have run
 	UnknownMethod Code = "unknown_method" // the daemon does not know the call
 	Internal      Code = "internal"       // a defect of banger
 )

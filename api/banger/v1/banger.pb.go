@@ -1761,8 +1761,11 @@ func (x *Prepared) GetNotes() []string {
 }
 
 type ExportWorkspaceRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Ref           string                 `protobuf:"bytes,1,opt,name=ref,proto3" json:"ref,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Ref   string                 `protobuf:"bytes,1,opt,name=ref,proto3" json:"ref,omitempty"`
+	// from_head starts at the commit ExportMeta.head instead of the base, so that
+	// what was uncommitted on the host when it came in is part of the patch too.
+	FromHead      bool `protobuf:"varint,2,opt,name=from_head,json=fromHead,proto3" json:"from_head,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1802,6 +1805,13 @@ func (x *ExportWorkspaceRequest) GetRef() string {
 		return x.Ref
 	}
 	return ""
+}
+
+func (x *ExportWorkspaceRequest) GetFromHead() bool {
+	if x != nil {
+		return x.FromHead
+	}
+	return false
 }
 
 type ExportChunk struct {
@@ -1861,8 +1871,10 @@ type ExportMeta struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	HostPath string                 `protobuf:"bytes,1,opt,name=host_path,json=hostPath,proto3" json:"host_path,omitempty"`
 	// head is the commit of the host on which the base stands.
-	Head          string `protobuf:"bytes,2,opt,name=head,proto3" json:"head,omitempty"`
-	Files         int32  `protobuf:"varint,3,opt,name=files,proto3" json:"files,omitempty"`
+	Head  string `protobuf:"bytes,2,opt,name=head,proto3" json:"head,omitempty"`
+	Files int32  `protobuf:"varint,3,opt,name=files,proto3" json:"files,omitempty"`
+	// notes are lines for the user, for example files that could not be read inside.
+	Notes         []string `protobuf:"bytes,4,rep,name=notes,proto3" json:"notes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1916,6 +1928,13 @@ func (x *ExportMeta) GetFiles() int32 {
 		return x.Files
 	}
 	return 0
+}
+
+func (x *ExportMeta) GetNotes() []string {
+	if x != nil {
+		return x.Notes
+	}
+	return nil
 }
 
 type Image struct {
@@ -2112,7 +2131,8 @@ func (x *ListImagesResponse) GetImages() []*Image {
 
 type PullImageRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// name is that of the default image when it is empty.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// force builds it anew although it is here.
 	Force         bool `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -2336,9 +2356,10 @@ func (x *ListKernelsResponse) GetKernels() []*Kernel {
 }
 
 type PullKernelRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Force         bool                   `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// name is that of the default kernel when it is empty.
+	Name          string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Force         bool   `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2406,7 +2427,8 @@ type Operation struct {
 	FinishedAt *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=finished_at,json=finishedAt,proto3" json:"finished_at,omitempty"`
 	Error      *ErrorDetail           `protobuf:"bytes,12,opt,name=error,proto3" json:"error,omitempty"`
 	Cancelling bool                   `protobuf:"varint,13,opt,name=cancelling,proto3" json:"cancelling,omitempty"`
-	// The result of a finished operation.
+	// The result of a finished operation. A create that runs has it too, as soon as the
+	// VM has its name.
 	//
 	// Types that are valid to be assigned to Result:
 	//
@@ -2957,17 +2979,19 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x11skipped_untracked\x18\x04 \x01(\x05R\x10skippedUntracked\x12\x18\n" +
 	"\aupdated\x18\x05 \x01(\x05R\aupdated\x12\x12\n" +
 	"\x04kept\x18\x06 \x03(\tR\x04kept\x12\x14\n" +
-	"\x05notes\x18\a \x03(\tR\x05notes\"*\n" +
+	"\x05notes\x18\a \x03(\tR\x05notes\"G\n" +
 	"\x16ExportWorkspaceRequest\x12\x10\n" +
-	"\x03ref\x18\x01 \x01(\tR\x03ref\"N\n" +
+	"\x03ref\x18\x01 \x01(\tR\x03ref\x12\x1b\n" +
+	"\tfrom_head\x18\x02 \x01(\bR\bfromHead\"N\n" +
 	"\vExportChunk\x12\x14\n" +
 	"\x05patch\x18\x01 \x01(\fR\x05patch\x12)\n" +
-	"\x04meta\x18\x02 \x01(\v2\x15.banger.v1.ExportMetaR\x04meta\"S\n" +
+	"\x04meta\x18\x02 \x01(\v2\x15.banger.v1.ExportMetaR\x04meta\"i\n" +
 	"\n" +
 	"ExportMeta\x12\x1b\n" +
 	"\thost_path\x18\x01 \x01(\tR\bhostPath\x12\x12\n" +
 	"\x04head\x18\x02 \x01(\tR\x04head\x12\x14\n" +
-	"\x05files\x18\x03 \x01(\x05R\x05files\"\xf9\x01\n" +
+	"\x05files\x18\x03 \x01(\x05R\x05files\x12\x14\n" +
+	"\x05notes\x18\x04 \x03(\tR\x05notes\"\xf9\x01\n" +
 	"\x05Image\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +

@@ -1,0 +1,110 @@
+package daemon
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"time"
+
+	"banger/api"
+	"banger/internal/guest/wire"
+)
+
+// execProtocol is the token of the Upgrade header, see docs/api.md.
+const execProtocol = "banger-stream/1"
+
+// serveExec runs one command in a VM over an upgraded connection. The frames of the
+// guest are decoded and bounded here: the guest is hostile, and so may be a client.
+func (d *Daemon) serveExec(w http.ResponseWriter, r *http.Request) {
+	if r.Method != http.MethodPost || r.Header.Get("Upgrade") != execProtocol {
+		writeError(w, http.StatusUpgradeRequired,
+			api.Errorf(api.Invalid, "exec needs POST with Upgrade: %s", execProtocol))
+		return
+	}
+	rec, err := d.vms.Resolve(r.Context(), r.URL.Query().Get("vm"), true)
+	if err == nil {
+		_, err = d.vms.Running(r.Context(), rec.ID)
+	}
+	if err != nil {
+		status := http.StatusConflict
+		if api.CodeOf(err) == api.NotFound {
+			status = http.StatusNotFound
+		}
+		writeError(w, status, err)
+		return
+	}
+	client, buffered, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		writeError(w, http.StatusInternalServerError, err)
+		return
+	}
+	d.streams.Add(1)
+	defer d.streams.Add(-1)
+	stream := wire.NewStream(bufferedConn{client, buffered.Reader})
+	defer stream.Close()
+	fmt.Fprintf(buffered, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\n", execProtocol)
+	if buffered.Flush() != nil {
+		return
+	}
+	// The request's context ends with the handler only, once hijacked; a client that
+	// goes away shows in the relay.
+	if err := d.relayExec(r.Context(), rec.ID, stream); err != nil {
+		e := asAPIError(err)
+		stream.SendJSON(wire.KindError, wire.Error{Code: string(e.Code), Message: e.Message})
+	}
+}
+
+// firstFrameTimeout bounds the wait for the request of a client that has connected.
+const firstFrameTimeout = 10 * time.Second
+
+// bufferedConn is a hijacked connection: what the server has read already comes first.
+type bufferedConn struct {
+	net.Conn
+	in *bufio.Reader
+}
+
+func (c bufferedConn) Read(p []byte) (int, error) { return c.in.Read(p) }
+
+// relayExec passes the frames of one exec on in both directions until the guest has
+// sent its last frame or either side is gone. The error is for the client.
+func (d *Daemon) relayExec(ctx context.Context, id string, client *wire.Stream) error {
+	first, cancel := context.WithTimeout(ctx, firstFrameTimeout)
+	defer cancel()
+	stop := client.CloseOn(first)
+	kind, payload, err := client.Recv()
+	stop()
+	if err != nil {
+		return nil // the client is gone
+	}
+	var req wire.Request
+	if kind != wire.KindRequest || json.Unmarshal(payload, &req) != nil || req.Op != wire.OpExec || req.Exec == nil {
+		return api.Errorf(api.Invalid, "the first frame must be an exec request")
+	}
+	conn, err := d.vms.Dial(ctx, id)
+	if err != nil {
+		return err
+	}
+	guest := wire.NewStream(conn)
+	defer guest.Close()
+	if err := guest.SendJSON(wire.KindRequest, req); err != nil {
+		return errGuestGone
+	}
+	go func() {
+		// When the client is gone the guest's stream is closed, and the agent ends the
+		// command.
+		defer guest.Close()
+		wire.Relay(guest, client, func(k wire.Kind) bool { return k.FromHost() && k != wire.KindRequest })
+	}()
+	var lost *wire.SendError
+	_, err = wire.Relay(client, guest, func(k wire.Kind) bool { return k.FromGuest() && k != wire.KindReply })
+	if err == nil || errors.As(err, &lost) {
+		return nil // the client has it all, or is gone
+	}
+	return errGuestGone
+}
+
+var errGuestGone = &api.Error{Code: api.Unresponsive, Message: "the connection to the guest was lost", Hint: "banger ps"}

@@ -1,0 +1,53 @@
+package daemon
+
+import (
+	"context"
+	"os"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"banger/api"
+	bangerv1 "banger/api/banger/v1"
+	"banger/internal/daemon/store"
+)
+
+type machineService struct{ d *Daemon }
+
+func (s machineService) Status(ctx context.Context, _ *bangerv1.StatusRequest) (*bangerv1.StatusResponse, error) {
+	d := s.d
+	vms, err := d.store.CountVMs(ctx)
+	if err != nil {
+		return nil, err
+	}
+	res := &bangerv1.StatusResponse{
+		Version: d.build.Version, Build: d.build.ID, Pid: int32(os.Getpid()),
+		Socket: d.layout.Socket(), StateDir: d.layout.Root, Instance: d.instance,
+		StartedAt: timestamppb.New(d.startedAt), BusyOperations: d.busy(),
+		Vmm: d.host.VMM.Name(), Accelerator: d.ability.Accelerator, AcceleratorReason: d.ability.Reason,
+	}
+	for _, n := range vms {
+		res.Vms += int32(n)
+	}
+	res.RunningVms = int32(vms[store.Running])
+	return res, nil
+}
+
+// busy counts what a shutdown would interrupt.
+func (d *Daemon) busy() int32 {
+	return int32(d.ops.Running()) + int32(d.streams.Load())
+}
+
+func (s machineService) Shutdown(ctx context.Context, req *bangerv1.ShutdownRequest) (*bangerv1.ShutdownResponse, error) {
+	if n := s.d.busy(); req.IfIdle && n > 0 {
+		return nil, api.Errorf(api.Busy, "the daemon has %d operations and streams running", n).WithHint("banger op ls")
+	}
+	s.d.stop()
+	return &bangerv1.ShutdownResponse{}, nil
+}
+
+// stop makes Serve return. It may be called again.
+func (d *Daemon) stop() { d.stopOnce.Do(func() { close(d.stopping) }) }
+
+func (s machineService) Doctor(ctx context.Context, _ *bangerv1.DoctorRequest) (*bangerv1.DoctorResponse, error) {
+	return &bangerv1.DoctorResponse{Checks: runChecks(ctx, hostChecks(options{layout: &s.d.layout}))}, nil
+}
