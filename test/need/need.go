@@ -1,0 +1,62 @@
+// Package need is how a test says what it needs of the machine. A test that the
+// machine cannot serve is skipped by name; BANGER_TEST_REQUIRE, a list like
+// "root,netns,qemu,testhost", turns the skip into a failure, so that a CI that
+// means to have something cannot lose it unseen.
+package need
+
+import (
+	"os"
+	"os/exec"
+	"runtime"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// Need skips the test, or fails it, when the machine lacks what:
+//
+//	root      the test runs as uid 0 with the right to mount
+//	netns     it may make a network namespace
+//	qemu      there is a qemu-system-x86_64 in PATH
+//	testhost  it runs inside the test host: BANGER_TEST_HOST is set
+func Need(t testing.TB, what string) {
+	t.Helper()
+	have, known := probe(what)
+	if !known {
+		t.Fatalf("need: nobody knows how to ask for %q", what)
+	}
+	if have {
+		return
+	}
+	if slices.Contains(strings.Split(os.Getenv("BANGER_TEST_REQUIRE"), ","), what) {
+		t.Fatalf("needs %s, which BANGER_TEST_REQUIRE promises and this machine lacks", what)
+	}
+	t.Skipf("needs %s", what)
+}
+
+func probe(what string) (have, known bool) {
+	switch what {
+	case "root":
+		return canUnshare(syscall.CLONE_NEWNS), true
+	case "netns":
+		return canUnshare(syscall.CLONE_NEWNET), true
+	case "qemu":
+		_, err := exec.LookPath("qemu-system-x86_64")
+		return err == nil, true
+	case "testhost":
+		return os.Getenv("BANGER_TEST_HOST") != "", true
+	}
+	return false, false
+}
+
+// canUnshare tries in a thread that ends with the goroutine, because it is locked
+// to it for good.
+func canUnshare(flags int) bool {
+	result := make(chan bool, 1)
+	go func() {
+		runtime.LockOSThread()
+		result <- os.Getuid() == 0 && syscall.Unshare(flags) == nil
+	}()
+	return <-result
+}
