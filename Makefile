@@ -1,0 +1,53 @@
+# banger: `make demo` runs the main job in a real guest, `make test` all tests.
+# `make help` lists the rest.
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+
+# One set of flags for everything: other flags mean another build cache.
+export GOFLAGS := -trimpath -buildvcs=false -mod=readonly
+export CGO_ENABLED ?= 0
+GO ?= go
+PROGRAMS := cmd/bangerd/programs
+
+.PHONY: help build demo test test-quick lint generate deps test-deps bench clean FORCE
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+build: bin/banger bin/bangerd ## bin/banger and bin/bangerd, static
+
+bin/banger: FORCE
+	@$(GO) build -ldflags '-s -w' -o $@ ./cmd/banger
+# The guest and shim programs are embedded in bangerd.
+bin/bangerd: $(PROGRAMS)/banger-shim $(PROGRAMS)/banger-guest FORCE
+	@$(GO) build -ldflags '-s -w' -o $@ ./cmd/bangerd
+$(PROGRAMS)/%: FORCE
+	@$(GO) build -ldflags '-s -w' -o $@ ./cmd/$*
+
+demo: deps build ## the main job in a real guest: up, a command, a change, diff, apply, rm
+	@PATH="$(CURDIR)/bin:$$PATH" test/demo.sh
+
+test: test-deps build ## everything that CI runs
+	@test/run.sh
+
+test-quick: build ## all tests but those with real guests
+	@test/run.sh quick
+
+lint: ## gofmt, go vet, staticcheck
+	@test/lint.sh
+
+generate: ## the code generated from api/banger/v1/banger.proto
+	@test/generate.sh
+
+bench: deps build ## banger against the bare thing, in interleaved pairs
+	@$(GO) run ./test/bench
+
+test-deps:
+	@test/deps.sh test
+
+deps: ## install what is missing (as root), or print the one command that does
+	@test/deps.sh
+
+clean: ## remove what was built here
+	rm -rf bin $(PROGRAMS)/banger-shim $(PROGRAMS)/banger-guest
