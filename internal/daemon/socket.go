@@ -19,6 +19,7 @@ import (
 
 	"banger/api"
 	"banger/internal/config"
+	"banger/internal/daemon/proc"
 )
 
 const (
@@ -34,10 +35,11 @@ func lockInstance(l config.Layout) (*os.File, error) {
 		return nil, err
 	}
 	// A daemon that was killed while it forked leaves the lock with a child for as long
-	// as that takes to exec.
+	// as that takes to exec. One that lives is not waited for: who waits here would take
+	// over from it although nobody wants another any more.
 	for tries := 0; ; tries++ {
 		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if !errors.Is(err, unix.EWOULDBLOCK) || tries == lockTries {
+		if !errors.Is(err, unix.EWOULDBLOCK) || tries == lockTries || holderLives(f) {
 			break
 		}
 		time.Sleep(lockPause)
@@ -47,7 +49,7 @@ func lockInstance(l config.Layout) (*os.File, error) {
 		if !errors.Is(err, unix.EWOULDBLOCK) {
 			return nil, fmt.Errorf("cannot lock %s: %w", l.DaemonLock(), err)
 		}
-		pid, _ := io.ReadAll(io.LimitReader(f, 20))
+		pid, _ := io.ReadAll(io.NewSectionReader(f, 0, 20))
 		return nil, api.Errorf(api.Busy, "a bangerd already runs on %s (pid %s)", l.Root, strings.TrimSpace(string(pid))).
 			WithHint("banger daemon status")
 	}
@@ -56,6 +58,18 @@ func lockInstance(l config.Layout) (*os.File, error) {
 		f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
 	}
 	return f, nil
+}
+
+// holderLives tells whether the process that wrote its pid into the lock file is there.
+func holderLives(f *os.File) bool {
+	buf := make([]byte, 20)
+	n, _ := f.ReadAt(buf, 0)
+	pid, err := strconv.Atoi(strings.TrimSpace(string(buf[:n])))
+	if err != nil {
+		return false
+	}
+	_, err = proc.Identify(pid)
+	return err == nil
 }
 
 // listen makes the socket. Whoever holds the instance's lock knows that a socket

@@ -29,18 +29,6 @@ const (
 	Fail
 )
 
-func (r Result) String() string {
-	switch r {
-	case OK:
-		return "ok"
-	case Warn:
-		return "warn"
-	case Fail:
-		return "fail"
-	}
-	return "unknown"
-}
-
 // Check is one thing to look at.
 type Check struct {
 	Name    string // "kvm": short, of lower case, unique in a report

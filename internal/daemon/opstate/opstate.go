@@ -42,20 +42,6 @@ const (
 	Cancelled       // the job returned an error after Cancel, or after the registry was closed
 )
 
-func (s State) String() string {
-	switch s {
-	case Running:
-		return "running"
-	case Done:
-		return "done"
-	case Failed:
-		return "failed"
-	case Cancelled:
-		return "cancelled"
-	}
-	return fmt.Sprintf("State(%d)", int(s))
-}
-
 // Snapshot is an operation at one moment.
 type Snapshot[R any] struct {
 	ID, Kind, Target      string

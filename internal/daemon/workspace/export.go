@@ -99,7 +99,7 @@ func (m *Manager) export(ctx context.Context, vm store.VM, o ExportOptions, begi
 			return err
 		}
 		if dirty > 0 {
-			notes = append(notes, fmt.Sprintf("the branch also holds %s that were changed on the host before they came in", countFiles(dirty)))
+			notes = append(notes, fmt.Sprintf("the branch also holds what was changed on the host before it came in: %s", countFiles(dirty)))
 		}
 	}
 	w, err := begin(Meta{HostPath: row.HostPath, Head: row.Head, Files: n, Notes: notes})

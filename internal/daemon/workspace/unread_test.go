@@ -170,7 +170,7 @@ func TestExportFromHead(t *testing.T) {
 	meta, patch, err = w.tryExport(t.Context(), ExportOptions{FromHead: true})
 	check(t, err)
 	want(t, "files", meta.Files, 3)
-	want(t, "notes", meta.Notes, "[the branch also holds 2 files that were changed on the host before they came in]")
+	want(t, "notes", meta.Notes, "[the branch also holds what was changed on the host before it came in: 2 files]")
 	if !strings.Contains(patch, "+dirty") {
 		t.Errorf("patch is %s", patch)
 	}
