@@ -26,7 +26,13 @@ func spawning(t *testing.T, mode string) (*call, func(args ...string) result) {
 		t.Fatal(err)
 	}
 	layout := config.Layout{Root: filepath.Join(t.TempDir(), "state")}
-	env := []string{"BANGERD=" + self, daemonMode + "=" + mode, "GOCOVERDIR=" + t.TempDir()}
+	// Not t.TempDir: a daemon that lost the race may write there after the test.
+	cover, err := os.MkdirTemp("", "cover")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(cover) })
+	env := []string{"BANGERD=" + self, daemonMode + "=" + mode, "GOCOVERDIR=" + cover}
 	run := func(args ...string) result {
 		t.Helper()
 		c := &call{t: t, layout: layout, stdin: strings.NewReader(""), env: env}
