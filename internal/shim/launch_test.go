@@ -280,9 +280,12 @@ func TestNothingIsInherited(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, clear := range []string{"SigBlk:\t0000000000000000", "SigIgn:\t0000000000000000"} {
-		if !strings.Contains(string(status), clear) {
-			t.Errorf("the VMM does not start with %q:\n%s", clear, status)
+	for _, field := range []string{"SigBlk:\t", "SigIgn:\t"} {
+		_, rest, _ := strings.Cut(string(status), field)
+		mask, err := strconv.ParseUint(rest[:16], 16, 64)
+		// 32 and 33 are the C library's own, see nptl(7).
+		if err != nil || mask&(1<<31-1) != 0 {
+			t.Errorf("the VMM starts with %s%x, %v", field, mask, err)
 		}
 	}
 	sid, _, errno := syscall.Syscall(syscall.SYS_GETSID, uintptr(s.VMM.PID), 0, 0)

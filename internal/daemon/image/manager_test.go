@@ -173,7 +173,8 @@ func TestEnsurePullsOnce(t *testing.T) {
 	if !img.OwnUser || !img.Managed || img.Kernel != imagemgr.DebianCloud || img.Name != imagemgr.DebianBookworm {
 		t.Errorf("image %+v", img)
 	}
-	if steps := rec.all(); len(steps) != 2 {
+	// A step that is over at once may be skipped.
+	if steps := rec.all(); len(steps) == 0 || !strings.HasPrefix(steps[len(steps)-1], "2/2") {
 		t.Errorf("steps %q", steps)
 	}
 	st, err := os.Stat(w.layout.Image(img.ID).Rootfs())

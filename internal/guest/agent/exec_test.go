@@ -212,7 +212,7 @@ func (x *startedExec) exit() (out string, exit wire.Exit) {
 
 func TestExecSignals(t *testing.T) {
 	a := newTestAgent(t)
-	x := a.start(wire.Exec{Argv: []string{"sh", "-c", `trap 'echo got usr1' USR1; trap 'echo got term; exit 7' TERM; echo up; while :; do sleep 0.01; done`}})
+	x := a.start(wire.Exec{Argv: []string{"sh", "-c", `trap 'echo got usr1' USR1; trap 'echo got term; exit 7' TERM; echo up; while :; do :; done`}}) // no child: the shell would report its end by USR1
 	x.expect("up\n")
 	x.SendJSON(wire.KindSignal, wire.Signal{Name: "USR1"})
 	x.expect("got usr1\n")
