@@ -55,7 +55,7 @@ func (m *Manager) reap(ctx context.Context, id, dir string) {
 				pause = min(2*pause, reapPause)
 			}
 		}
-		if rec, err := m.store.VM(ctx, id); err == nil && rec.State != store.Running || errors.Is(err, store.ErrNotFound) {
+		if rec, err := m.store.VM(ctx, id); err == nil && !unsettled(rec) || errors.Is(err, store.ErrNotFound) {
 			return
 		}
 		select {
@@ -66,6 +66,12 @@ func (m *Manager) reap(ctx context.Context, id, dir string) {
 	}
 }
 
+// unsettled is true of a record that says that its VM holds something, or is about to
+// let go of it: with the slot free and the lock too, nobody else will settle it.
+func unsettled(rec store.VM) bool {
+	return rec.State == store.Running || rec.State == store.Stopping
+}
+
 // reapHeld releases what the ended VM held, and remembers a reboot that the guest
 // asked for.
 func (m *Manager) reapHeld(ctx context.Context, id string) error {
@@ -73,7 +79,7 @@ func (m *Manager) reapHeld(ctx context.Context, id string) error {
 	if errors.Is(err, store.ErrNotFound) {
 		return nil
 	}
-	if err != nil || rec.State != store.Running {
+	if err != nil || !unsettled(rec) {
 		return err // an operation has dealt with it
 	}
 	v, err := m.machine(ctx, rec)
