@@ -26,13 +26,7 @@ func spawning(t *testing.T, mode string) (*call, func(args ...string) result) {
 		t.Fatal(err)
 	}
 	layout := config.Layout{Root: filepath.Join(t.TempDir(), "state")}
-	// Not t.TempDir: a daemon that lost the race may write there after the test.
-	cover, err := os.MkdirTemp("", "cover")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(cover) })
-	env := []string{"BANGERD=" + self, daemonMode + "=" + mode, "GOCOVERDIR=" + cover}
+	env := []string{"BANGERD=" + self, daemonMode + "=" + mode, "GOCOVERDIR=" + coverage(t)}
 	run := func(args ...string) result {
 		t.Helper()
 		c := &call{t: t, layout: layout, stdin: strings.NewReader(""), env: env}
@@ -45,6 +39,18 @@ func spawning(t *testing.T, mode string) (*call, func(args ...string) result) {
 		}
 	})
 	return &call{t: t, layout: layout, env: env}, run
+}
+
+// coverage is where the daemons of a test write their coverage. It is no t.TempDir: one
+// that has ended for its clients, or has lost a race, may write there after the test.
+func coverage(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "cover")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
 }
 
 func starts(t *testing.T, l config.Layout) string {
@@ -178,7 +184,7 @@ func TestVersionRule(t *testing.T) {
 			d := newFake(t)
 			d.status.Build, d.status.BusyOperations = c.build, c.busy
 			call := d.call()
-			call.env = []string{"BANGERD=" + self, daemonMode + "=serve", "GOCOVERDIR=" + t.TempDir()}
+			call.env = []string{"BANGERD=" + self, daemonMode + "=serve", "GOCOVERDIR=" + coverage(t)}
 			code := call.start("ps", "-q").wait()
 			if strings.Contains(call.err.String(), "does not know this call") != c.replaced {
 				t.Errorf("replaced: not %v: exit %d %s", c.replaced, code, call.err.String())
