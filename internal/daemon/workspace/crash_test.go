@@ -181,6 +181,25 @@ func TestPrepareCutWhileFilesAreWritten(t *testing.T) {
 	want(t, "patch", now, patch)
 }
 
+// What a prepare leaves that ended in the middle of a request, by SIGKILL or with its
+// guest, is in nobody's way: a folder with nothing but an empty .git, locks of our refs.
+func TestLeftInTheMiddleOfARequest(t *testing.T) {
+	w := newWorld(t)
+	write(t, w.host, "a", "a\n")
+	w.commit("first")
+	check(t, os.MkdirAll(filepath.Join(w.inside, ".git"), 0o755))
+	want(t, "folder", w.prepare().Workspace.GuestPath, w.inside)
+	for _, name := range []string{"refs/banger/next", "refs/banger/base", "refs/banger/head", "refs/banger/host", "banger/HEAD"} {
+		write(t, w.inside, ".git/"+name+".lock", "")
+	}
+	write(t, w.host, "a", "b\n")
+	w.commit("second")
+	w.git(w.host, "checkout", "-q", "-b", "other")
+	w.prepare()
+	want(t, "a", read(t, w.inside, "a"), "b\n")
+	want(t, "branch", w.git(w.inside, "symbolic-ref", "HEAD"), "refs/heads/other")
+}
+
 func TestFullDiskInside(t *testing.T) {
 	w := newWorld(t)
 	write(t, w.host, "a", "a\n")

@@ -12,8 +12,9 @@
 // Export is the difference base → guest. Prepare merges the three per file: what
 // only the host changed is written inside, what only the guest changed stays, what
 // is equal on both sides joins the base, and what both changed stays as it is inside,
-// keeps its base and is named. What cannot be read inside counts as changed there. The
-// first prepare is the same with an empty base and an empty guest, and so is one that
+// keeps its base and is named. What cannot be read inside counts as changed there, and
+// what cannot be written inside is left, keeps its base and is named too. The first
+// prepare is the same with an empty base and an empty guest, and so is one that
 // was interrupted: there is one way in.
 //
 // The host's repository is only ever read: commands work in a shadow, a private git
@@ -26,13 +27,14 @@
 //
 //	refs/banger/base   tree: base
 //	refs/banger/next   tree: what base becomes when the prepare under way has ended
-//	refs/banger/head   tree: the host's HEAD as it lies on the disk (see snapshot)
+//	refs/banger/head   tree: the host's HEAD as it lies on the disk (see snapshot), but
+//	                   for what did not come in though it was not changed inside
 //	refs/banger/host   commit: the host's HEAD, absent without commits
 //	.git/banger/       a git directory without conversions, with a private index
 //
 // The guest's own index and branch are only moved along with the host's commits, and
-// only while the guest has neither commits nor staged changes of its own and no file
-// was changed on both sides; see moveHead.
+// only while the guest has neither commits nor staged changes of its own and every
+// file came in; see moveHead.
 //
 // A guest is hostile: what it says is bounded and is never used to choose a file of
 // the host that is sent.

@@ -18,12 +18,17 @@ const (
 	// quickTime bounds a command in the guest that reads or writes a few files. A guest
 	// under software emulation on a loaded machine needs seconds for the slowest.
 	quickTime = 2 * time.Minute
+	// endTime bounds the clearing up at the end of a job.
+	endTime = 5 * time.Second
 	// slowTime bounds one that reads or writes the whole repository.
 	slowTime = 30 * time.Minute
 	// maxOutput bounds what a command in the guest may say, in bytes: the list of the
 	// files of half a million is 64 MiB.
 	maxOutput = 128 << 20
 	maxStderr = 16 << 10
+	// maxSaid bounds what git may say of a checkout: a line for each file that it cannot
+	// write.
+	maxSaid = 1 << 20
 )
 
 // guest runs commands in one VM.
@@ -43,6 +48,8 @@ type command struct {
 	out  io.Writer // nil: returned by run
 	errs *bounded  // standard error, also of a command that succeeds; nil: thrown away
 	slow bool
+	// finish: when the job ends, the command does not end half way.
+	finish bool
 }
 
 // guestError is a command inside that failed.
@@ -101,7 +108,7 @@ func (g guest) run(ctx context.Context, c command) ([]byte, error) {
 		stderr = &bounded{limit: maxStderr, drop: true}
 	}
 	exit, err := wire.Run(ctx, conn, wire.Request{Op: wire.OpExec, Exec: &wire.Exec{
-		Argv: c.argv, Env: append([]string{"LC_ALL=C"}, c.env...), Dir: c.dir, User: c.user, Stdin: c.in != nil,
+		Argv: c.argv, Env: append([]string{"LC_ALL=C"}, c.env...), Dir: c.dir, User: c.user, Stdin: c.in != nil, Finish: c.finish,
 	}}, wire.Stdio{In: c.in, Out: c.out, Err: stderr})
 	var refused *wire.Error
 	if errors.As(err, &refused) && refused.Code == wire.ErrNotFound && c.argv[0] == "git" {

@@ -49,11 +49,15 @@ const (
 	workBase    = "work/base"
 )
 
+// refLockTimeout is how long a git inside waits for one that holds the lock of a ref, in
+// ms: longer than one of a dead daemon may take to finish, see wire.Exec.
+const refLockTimeout = "6000"
+
 // common is the environment of every git inside: no configuration of the guest's user
 // or system, no hooks, no locks that are not needed.
 func (r guestRepo) common(extra ...string) []string {
 	return append(extra, append(configEnv("core.hooksPath", "/dev/null", "core.fsmonitor", "false", "core.quotePath", "false",
-		"core.splitIndex", "false", "gc.auto", "0", "maintenance.auto", "false"),
+		"core.splitIndex", "false", "core.filesRefLockTimeout", refLockTimeout, "gc.auto", "0", "maintenance.auto", "false"),
 		"GIT_CONFIG_NOSYSTEM=1", "GIT_CONFIG_GLOBAL=/dev/null", "GIT_ATTR_NOSYSTEM=1", "GIT_OPTIONAL_LOCKS=0",
 		"GIT_TERMINAL_PROMPT=0", "GIT_NO_LAZY_FETCH=1", "GIT_ALLOW_PROTOCOL=none", "GIT_NO_REPLACE_OBJECTS=1", "LC_ALL=C",
 		"GIT_CONFIG_PARAMETERS=", "GIT_DIFF_OPTS=", "GIT_LITERAL_PATHSPECS=1")...)
@@ -80,6 +84,14 @@ func (r guestRepo) lastingEnv(index string) []string {
 func (r guestRepo) git(ctx context.Context, env []string, in io.Reader, args ...string) (string, error) {
 	out, err := r.run(ctx, command{argv: append([]string{"git"}, args...), env: env, dir: r.top, in: in, slow: true})
 	return strings.TrimSuffix(string(out), "\n"), r.orFull(ctx, err)
+}
+
+// gitToEnd is git for short commands that take the locks of refs and of the guest's
+// index: a git that is ended in the moment of making a lock leaves it, and whoever comes
+// next is refused.
+func (r guestRepo) gitToEnd(ctx context.Context, env []string, in io.Reader, args ...string) error {
+	_, err := r.run(ctx, command{argv: append([]string{"git"}, args...), env: env, dir: r.top, in: in, slow: true, finish: true})
+	return r.orFull(ctx, err)
 }
 
 // orFull is err of a git, or that the disk is full: git does not always say so.
@@ -211,20 +223,27 @@ func (r guestRepo) tree(ctx context.Context, oid string) (files, error) {
 	return list, eachTreeItem([]byte(out), func(path, _ string, e entry) { list[path] = e })
 }
 
-// begin makes an empty work folder: one that is left would have locks in it.
+// begin makes an empty work folder: one that is left would have locks in it. So may our
+// refs, when the guest lost its power.
 func (r guestRepo) begin(ctx context.Context) error {
-	if _, err := r.run(ctx, command{argv: []string{"rm", "-rf", "--", r.private(work)}, dir: r.top}); err != nil {
+	argv := []string{"rm", "-rf", "--", r.private(work), r.private("HEAD.lock")}
+	for _, ref := range []string{refBase, refNext, refHead, refHost} {
+		argv = append(argv, r.own(ref+".lock"))
+	}
+	_, err := r.run(ctx, command{argv: argv, dir: r.top})
+	if err != nil {
 		return err
 	}
-	_, err := r.run(ctx, command{argv: []string{"mkdir", "-p", "--", r.private(workObjects)}, dir: r.top})
+	_, err = r.run(ctx, command{argv: []string{"mkdir", "-p", "--", r.private(workObjects)}, dir: r.top})
 	return err
 }
 
 // end throws the work folder away. It also works when the job was cancelled.
 func (r guestRepo) end(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), quickTime)
+	// What is left is thrown away by the next job, so a guest that does not answer is not
+	// waited for: stop and rm wait for this.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endTime)
 	defer cancel()
-	// What is left is thrown away by the next job.
 	_, _ = r.run(ctx, command{argv: []string{"rm", "-rf", "--", r.private(work)}, dir: r.top})
 }
 
@@ -346,7 +365,8 @@ func (r guestRepo) writeTree(ctx context.Context, env []string) (string, error) 
 }
 
 // checkOut writes changes into the working tree, which work/index describes. It
-// refuses to touch a file that was changed since.
+// refuses to touch a file that was changed since. A file that git cannot remove is an
+// error too, though git only warns of it.
 func (r guestRepo) checkOut(ctx context.Context, changes files) error {
 	if len(changes) == 0 {
 		return nil
@@ -359,8 +379,13 @@ func (r guestRepo) checkOut(ctx context.Context, changes files) error {
 	if err != nil {
 		return err
 	}
-	_, err = r.git(ctx, r.privateEnv(workIndex), nil, "read-tree", "-m", "-u", guestTree, target)
-	return err
+	argv := []string{"git", "read-tree", "-m", "-u", guestTree, target}
+	said := &bounded{limit: maxSaid, drop: true}
+	_, err = r.run(ctx, command{argv: argv, env: r.privateEnv(workIndex), dir: r.top, errs: said, slow: true})
+	if err == nil && strings.Contains(said.String(), "unable to unlink") {
+		err = &guestError{argv: argv, stderr: said.String()}
+	}
+	return r.orFull(ctx, err)
 }
 
 // sync waits until what was written is on the disk. git does that for objects and refs,
@@ -397,17 +422,31 @@ func (r guestRepo) setRefs(ctx context.Context, refs map[string]string) error {
 			fmt.Fprintf(&in, "update %s\x00%s\x00\x00", name, oid)
 		}
 	}
-	_, err := r.git(ctx, r.ownEnv(), &in, "update-ref", "-z", "--stdin")
-	return err
+	return r.gitToEnd(ctx, r.ownEnv(), &in, "update-ref", "-z", "--stdin")
 }
 
-// receive takes a pack. Nothing uses its objects before a ref names them.
+// receive takes a pack. Nothing uses its objects before a ref names them. It comes into
+// the work folder first: of one that breaks off git leaves the part that came.
 func (r guestRepo) receive(ctx context.Context, pack io.Reader, partial bool) error {
 	args := []string{"index-pack", "--stdin", "--fix-thin"}
+	kinds := []string{".pack", ".idx"} // in this order: with its index a pack counts
 	if partial {
 		args = append(args, "--promisor")
+		kinds = []string{".pack", ".promisor", ".idx"}
 	}
-	_, err := r.git(ctx, r.ownEnv(), pack, args...)
+	said, err := r.git(ctx, r.privateEnv(workIndex), pack, args...)
+	if err != nil {
+		return err
+	}
+	oid, ok := strings.CutPrefix(said, "pack\t")
+	if !ok || !isOID(oid) {
+		return r.odd("index-pack", said)
+	}
+	argv := []string{"mv", "-f", "--"}
+	for _, kind := range kinds {
+		argv = append(argv, "pack-"+oid+kind)
+	}
+	_, err = r.run(ctx, command{argv: append(argv, r.own("objects/pack")), dir: path.Join(r.private(workObjects), "pack")})
 	return err
 }
 

@@ -181,7 +181,7 @@ const (
 func newFakeGuests(t *testing.T) *fakeGuests {
 	me, err := user.Current()
 	check(t, err)
-	return &fakeGuests{agent: agent.New(agent.Options{Version: "test", User: me.Username})}
+	return &fakeGuests{agent: agent.New(agent.Options{Config: wire.Config{User: &wire.User{Name: me.Username}}})}
 }
 
 func (g *fakeGuests) setHook(hook func(n int, req *wire.Request) fault) {

@@ -38,8 +38,7 @@ func (r guestRepo) follow(ctx context.Context, branch string) error {
 	if branch == "" {
 		branch = detachedBranch
 	}
-	_, err := r.git(ctx, r.lastingEnv(cacheIndex), nil, "symbolic-ref", "HEAD", branch)
-	return err
+	return r.gitToEnd(ctx, r.lastingEnv(cacheIndex), nil, "symbolic-ref", "HEAD", branch)
 }
 
 // isIndexOf tells whether the guest's index is that of a commit, "" being none.
@@ -52,22 +51,34 @@ func (r guestRepo) isIndexOf(ctx context.Context, commit string) (bool, error) {
 // setIndex makes the guest's index that of a commit. What our index knows of the files
 // on the disk comes along, so that git need not read them all.
 func (r guestRepo) setIndex(ctx context.Context, commit string) error {
-	_, err := r.git(ctx, r.ownEnv("GIT_INDEX_FILE="+r.private(cacheIndex)), nil, "read-tree", "--index-output="+r.own("index"), "-i", "-m", commit)
-	return err
+	return r.gitToEnd(ctx, r.ownEnv("GIT_INDEX_FILE="+r.private(cacheIndex)), nil, "read-tree", "--index-output="+r.own("index"), "-i", "-m", commit)
 }
 
 func (r guestRepo) attach(ctx context.Context, branch string) error {
-	_, err := r.git(ctx, r.ownEnv(), nil, "symbolic-ref", "HEAD", branch)
-	return err
+	return r.gitToEnd(ctx, r.ownEnv(), nil, "symbolic-ref", "HEAD", branch)
+}
+
+// headInside is the tree for refs/banger/head: what did not come in is there as it is
+// inside, or a patch from HEAD would undo the host's commit.
+func (j *preparation) headInside(ctx context.Context, behind files) (string, error) {
+	if len(behind) == 0 {
+		return j.snap.headTree, nil
+	}
+	for path, e := range lasting(j.came, nil, j.next) {
+		if _, ok := behind[path]; ok {
+			behind[path] = e
+		}
+	}
+	return j.inside.derive(ctx, j.inside.lastingEnv(workBase), j.snap.headTree, behind)
 }
 
 // moveHead sets refs, and with them puts the guest's HEAD and index where the host's
 // HEAD is, if the guest's work allows it: HEAD is where the host's was, or before it in
-// the host's history, on the branch it was put on; nothing is staged; and no file
-// changed on both sides, since it would look as if the guest had undone the host's
-// commit. Else the guest finds the host's commits at refs/banger/host, and note says so
-// once. Interrupted anywhere, it is finished by the next prepare.
-func (j *preparation) moveHead(ctx context.Context, conflict bool, refs map[string]string) (note string, err error) {
+// the host's history, on the branch it was put on; nothing is staged; and every file
+// came in (behind says why not), since it would look as if the guest had undone the
+// host's commit. Else the guest finds the host's commits at refs/banger/host, and note
+// says so once. Interrupted anywhere, it is finished by the next prepare.
+func (j *preparation) moveHead(ctx context.Context, behind string, refs map[string]string) (note string, err error) {
 	r := j.inside
 	want := position{commit: j.repo.Head}
 	if j.repo.Branch != "" && utf8.ValidString(j.repo.Branch) {
@@ -82,7 +93,7 @@ func (j *preparation) moveHead(ctx context.Context, conflict bool, refs map[stri
 		return "", err
 	}
 	if is != want {
-		obstacle, err := j.obstacle(ctx, is, want, followed, conflict)
+		obstacle, err := j.obstacle(ctx, is, want, followed, behind)
 		if err != nil {
 			return "", err
 		}
@@ -129,13 +140,13 @@ func (j *preparation) setHead(ctx context.Context, is, want position, refs map[s
 }
 
 // obstacle says why HEAD must stay, "" when it need not.
-func (j *preparation) obstacle(ctx context.Context, is, want position, followed string, conflict bool) (string, error) {
+func (j *preparation) obstacle(ctx context.Context, is, want position, followed, behind string) (string, error) {
 	isHosts := func(commit string) bool {
 		return commit == "" || commit == j.refs[refHost] || commit == want.commit || j.shadow.isAncestor(ctx, commit, want.commit)
 	}
 	switch {
-	case conflict:
-		return "files changed on both sides", nil
+	case behind != "":
+		return behind, nil
 	case !isHosts(is.commit):
 		return "there are commits of its own", nil
 	case is.commit != "" && is.branch != want.branch && is.branch != followed:

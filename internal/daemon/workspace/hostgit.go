@@ -45,7 +45,7 @@ func repositoryGit(dir string) hostGit {
 func (g hostGit) run(ctx context.Context, in io.Reader, args ...string) ([]byte, error) {
 	out, err := hostcmd.Run(ctx, hostcmd.Command{Argv: append([]string{"git"}, args...), Env: g.env, Dir: g.dir, Stdin: in})
 	if errors.Is(err, exec.ErrNotFound) {
-		return nil, api.Errorf(api.NotReady, "git is not installed on this machine: %w", err).WithHint("apt-get install git")
+		return nil, api.Errorf(api.NotReady, "git is not installed on this machine").WithHint("%s", hostcmd.Install("git"))
 	}
 	return out, err
 }

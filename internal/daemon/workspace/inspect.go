@@ -28,6 +28,9 @@ type Repo struct {
 	format    format
 	shallow   bool
 	config    map[string]string // keys in lower case but for subsections
+	// ignores is the user's own list of ignored files; core.excludesfile in config may
+	// be the repository's choice.
+	ignores string
 }
 
 // Locate finds the repository that path, absolute, lies in. It refuses, in words,
@@ -124,22 +127,11 @@ func (r *Repo) ask(ctx context.Context, git hostGit) (err error) {
 			return err
 		}
 	}
-	r.config, err = readConfig(ctx, git)
-	return err
-}
-
-// checkHome refuses a repository that lies elsewhere than in .git of its working tree:
-// core.worktree of a downloaded repository could name the home directory, and an index
-// in it any file there.
-func (r *Repo) checkHome(ctx context.Context) error {
-	there, err := repositoryGit(r.Path).line(ctx, "rev-parse", "--absolute-git-dir")
-	if err == nil && there == r.gitDir {
-		if _, err := os.Lstat(filepath.Join(r.Path, ".git")); err == nil {
-			return nil
-		}
+	if r.config, err = readConfig(ctx, git); err != nil {
+		return err
 	}
-	return api.Errorf(api.Refused, "its git directory %s is not the .git of %s", visible(r.gitDir), visible(r.Path)).
-		WithHint("git config --unset core.worktree")
+	r.ignores, err = userIgnores(ctx, git)
+	return err
 }
 
 func noWorkTree(ctx context.Context, git hostGit, cause error) error {
@@ -188,6 +180,29 @@ func readConfig(ctx context.Context, git hostGit) (map[string]string, error) {
 	path, _, err := git.ask(ctx, "config", "--type=path", "--get", "core.excludesFile")
 	config["core.excludesfile"] = path
 	return config, err
+}
+
+// userIgnores is the path of the user's list of ignored files, as no configuration of
+// the repository itself names it: its content goes into the VM.
+func userIgnores(ctx context.Context, git hostGit) (string, error) {
+	out, _, err := git.ask(ctx, "config", "-z", "--show-scope", "--type=path", "--get-all", "core.excludesFile")
+	if err != nil {
+		return "", err
+	}
+	path := ""
+	for item := splitZ([]byte(out)); len(item) > 1; item = item[2:] { // SCOPE<nul>VALUE<nul>
+		if scope := item[0]; scope != "local" && scope != "worktree" {
+			path = item[1]
+		}
+	}
+	if path != "" {
+		return path, nil
+	}
+	dir := os.Getenv("XDG_CONFIG_HOME")
+	if home, err := os.UserHomeDir(); dir == "" && err == nil {
+		dir = filepath.Join(home, ".config")
+	}
+	return filepath.Join(dir, "git", "ignore"), nil // gitignore(5)
 }
 
 // promisor is the remote that a partial clone gets its missing objects from, or "".

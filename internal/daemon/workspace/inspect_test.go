@@ -32,6 +32,14 @@ func TestInspect(t *testing.T) {
 	untouched(t, "host", was, state(t, w.host, true))
 }
 
+// stranger makes a folder beside the repository, as an archive from somewhere could.
+func (w *world) stranger(fill func(dir string)) string {
+	dir := filepath.Join(filepath.Dir(w.host), "stranger")
+	check(w.t, os.MkdirAll(dir, 0o755))
+	fill(dir)
+	return dir
+}
+
 // refusal is something that cannot be brought in.
 type refusal struct {
 	code  api.Code
@@ -100,6 +108,31 @@ func refusals() map[string]refusal {
 			w.git(w.host, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", lib, "lib")
 			w.commit("lib")
 			return w.host
+		}},
+		".git file of another repository": {api.Refused, []string{"its .git names", "which does not name"}, func(w *world) string {
+			w.commit("private")
+			return w.stranger(func(dir string) { write(w.t, dir, ".git", "gitdir: ../shop/.git\n") })
+		}},
+		".git file with a link back to a forged home": {api.Refused, []string{"its .git names"}, func(w *world) string {
+			w.commit("private")
+			return w.stranger(func(dir string) {
+				write(w.t, dir, ".git", "gitdir: forged\n")
+				write(w.t, dir, "forged/HEAD", "ref: refs/heads/main\n")
+				write(w.t, dir, "forged/gitdir", filepath.Join(dir, ".git")+"\n")
+				write(w.t, dir, "forged/commondir", "../../shop/.git\n")
+			})
+		}},
+		".git is a link": {api.Refused, []string{"its .git names"}, func(w *world) string {
+			w.commit("private")
+			return w.stranger(func(dir string) { check(w.t, os.Symlink("../shop/.git", filepath.Join(dir, ".git"))) })
+		}},
+		"a branch is a link": {api.Refused, []string{"refs/heads/main is a symbolic link"}, func(w *world) string {
+			w.commit("private")
+			return w.stranger(func(dir string) {
+				w.git(dir, "init", "-q", "-b", "main")
+				write(w.t, dir, ".git/objects/info/alternates", "../../../shop/.git/objects\n")
+				check(w.t, os.Symlink(w.host+"/.git/refs/heads/main", filepath.Join(dir, ".git/refs/heads/main")))
+			})
 		}},
 		"core.worktree elsewhere": {api.Refused, []string{"is not the .git of"}, func(w *world) string {
 			w.git(w.host, "config", "core.worktree", filepath.Dir(w.host))

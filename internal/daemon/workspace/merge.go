@@ -11,6 +11,9 @@ type plan struct {
 	write files    // in the working tree inside
 	base  files    // in the base
 	kept  []string // changed on both sides: left as they are inside, sorted
+	stuck []string // cannot be written inside, sorted
+	// behind are those of kept and stuck that were not changed inside, as they are there.
+	behind files
 	// changes counts the files that differ from the base when it is done, without
 	// repositories inside the repository.
 	changes int
@@ -18,12 +21,12 @@ type plan struct {
 
 // merge decides per path. blocked says that something inside that git ignores lies
 // where the host has a new file, unread that what is there cannot be read inside: it
-// counts as changed.
+// counts as changed. stuck says that a file cannot be written inside.
 //
-// A path that is kept keeps its old base too, so that the difference base → guest
-// stays what the guest did, and never undoes what the host did.
-func merge(base, guest, host files, blocked, unread func(path string) bool) plan {
-	p := plan{write: files{}, base: files{}}
+// A path that is kept or stuck keeps its old base too, so that the difference base →
+// guest stays what the guest did, and never undoes what the host did.
+func merge(base, guest, host files, blocked, unread, stuck func(path string) bool) plan {
+	p := plan{write: files{}, base: files{}, behind: files{}}
 	for path := range union(base, host) {
 		b, g, h := base[path], guest[path], host[path]
 		switch {
@@ -34,12 +37,20 @@ func merge(base, guest, host files, blocked, unread func(path string) bool) plan
 			p.base[path] = h
 		case g != b, g == entry{} && blocked(path):
 			p.kept = append(p.kept, path)
+		case stuck(path):
+			p.stuck = append(p.stuck, path)
 		default:
 			p.write[path], p.base[path] = h, h
 		}
 	}
 	p.yield(guest)
 	slices.Sort(p.kept)
+	slices.Sort(p.stuck)
+	for _, path := range slices.Concat(p.kept, p.stuck) {
+		if guest[path] == base[path] {
+			p.behind[path] = base[path]
+		}
+	}
 	p.count(base, guest)
 	return p
 }
@@ -48,6 +59,7 @@ func merge(base, guest, host files, blocked, unread func(path string) bool) plan
 // has a folder, or the other way round.
 func (p *plan) yield(guest files) {
 	final := overlay(guest, p.write)
+	atStuck := inTheWay(p.stuck)
 	folders := map[string]bool{}
 	for path := range final {
 		for dir := range parents(path) {
@@ -68,7 +80,11 @@ func (p *plan) yield(guest files) {
 		if clash {
 			delete(p.write, path)
 			delete(p.base, path)
-			p.kept = append(p.kept, path)
+			if atStuck(path) {
+				p.stuck = append(p.stuck, path)
+			} else {
+				p.kept = append(p.kept, path)
+			}
 		}
 	}
 }

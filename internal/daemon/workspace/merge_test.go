@@ -47,8 +47,8 @@ func consistent(t *rapid.T, what string, list files) {
 	}
 }
 
-// readable: nothing inside is in the way.
-func readable(string) bool { return false }
+// never: nothing inside is in the way.
+func never(string) bool { return false }
 
 func TestMergeProperties(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
@@ -56,14 +56,17 @@ func TestMergeProperties(t *testing.T) {
 		guest, host := drawFiles(t, "guest", base), drawFiles(t, "host", base)
 		blockedPath := rapid.SampledFrom(append([]string{""}, mergePaths[:]...)).Draw(t, "blocked")
 		blocked := func(p string) bool { return p == blockedPath }
-		p := merge(base, guest, host, blocked, readable)
+		stuckPath := rapid.SampledFrom(append([]string{""}, mergePaths[:]...)).Draw(t, "stuck")
+		stuck := func(p string) bool { return p == stuckPath }
+		p := merge(base, guest, host, blocked, never, stuck)
 		final, newBase := overlay(guest, p.write), overlay(base, p.base)
 		consistent(t, "final", final)
 		consistent(t, "new base", newBase)
 		changes := 0
 		for _, path := range mergePaths {
 			b, g, h, f, n := base[path], guest[path], host[path], final[path], newBase[path]
-			kept := slices.Contains(p.kept, path)
+			isStuck := slices.Contains(p.stuck, path)
+			kept := slices.Contains(p.kept, path) || isStuck
 			if g != b && f != g {
 				t.Errorf("%s: a change inside was lost", path)
 			}
@@ -73,8 +76,14 @@ func TestMergeProperties(t *testing.T) {
 			if kept && (n != b || f != g || g == h) || !kept && n != h {
 				t.Errorf("%s: base %v guest %v host %v: final %v new base %v kept %v", path, b, g, h, f, n, kept)
 			}
-			if kept && g == b && (h == entry{} || !clashes(final, path) && path != blockedPath) {
+			if kept && g == b && (h == entry{} || !clashes(final, path) && path != blockedPath) && path != stuckPath {
 				t.Errorf("%s was kept for nothing", path)
+			}
+			if isStuck && path != stuckPath && !clashes(files{stuckPath: {}}, path) || isStuck && slices.Contains(p.kept, path) {
+				t.Errorf("%s is not stuck", path)
+			}
+			if _, behind := p.behind[path]; behind != (kept && g == b) || p.behind[path] != b && behind {
+				t.Errorf("%s: behind %v", path, p.behind)
 			}
 			if f != n {
 				changes++
@@ -83,8 +92,8 @@ func TestMergeProperties(t *testing.T) {
 		if changes != p.changes {
 			t.Errorf("%d changes were counted, there are %d", p.changes, changes)
 		}
-		again := merge(newBase, final, host, blocked, readable)
-		if len(again.write) > 0 || fmt.Sprint(again.kept) != fmt.Sprint(p.kept) {
+		again := merge(newBase, final, host, blocked, never, stuck)
+		if len(again.write) > 0 || fmt.Sprint(again.kept, again.stuck) != fmt.Sprint(p.kept, p.stuck) {
 			t.Errorf("the same once more does something: %+v after %+v", again, p)
 		}
 		// Interrupted after any of the files was written, it ends in the same.
@@ -102,7 +111,7 @@ func TestMergeProperties(t *testing.T) {
 			}
 		}
 		settled := overlay(base, settle(base, half, newBase))
-		resumed := merge(settled, half, host, blocked, readable)
+		resumed := merge(settled, half, host, blocked, never, stuck)
 		if got := overlay(half, resumed.write); fmt.Sprint(got) != fmt.Sprint(final) {
 			t.Errorf("resumed it gives %v, not %v", got, final)
 		}
@@ -111,7 +120,7 @@ func TestMergeProperties(t *testing.T) {
 
 func TestMergeKeeps(t *testing.T) {
 	one, two := files{"a/b": {modeFile, "1"}}, files{"a/b": {modeFile, "2"}}
-	never, always := readable, func(string) bool { return true }
+	always := func(string) bool { return true }
 	for name, c := range map[string]struct {
 		base, guest, host files
 		blocked, unread   func(string) bool
@@ -123,7 +132,7 @@ func TestMergeKeeps(t *testing.T) {
 		"new, and not readable inside":    {nil, nil, one, never, always, "[a/b]"},
 		"the host changed nothing":        {one, one, one, always, always, "[]"},
 	} {
-		p := merge(c.base, c.guest, c.host, c.blocked, c.unread)
+		p := merge(c.base, c.guest, c.host, c.blocked, c.unread, never)
 		if fmt.Sprint(p.kept) != c.kept || len(p.write)+len(p.base) > 0 {
 			t.Errorf("%s: %+v", name, p)
 		}
@@ -146,7 +155,7 @@ func TestMergeOnDisk(t *testing.T) {
 		w.lay(w.host, host)
 		w.lay(w.inside, guest)
 		w.git(w.host, "add", "-A")
-		pl := merge(base, guest, host, readable, readable)
+		pl := merge(base, guest, host, never, never, never)
 		p := w.prepare()
 		final := overlay(guest, pl.write)
 		base = overlay(base, pl.base)

@@ -98,7 +98,16 @@ func claim(ctx context.Context, g guest, dir, user string) (problem string, err 
 		if err != nil || ours {
 			return "", err
 		}
-		return "there are files at " + visible(dir) + " already", nil
+		// .git comes before .git/banger: an empty one is a prepare's that got no further.
+		begun := content == ".git"
+		if begun {
+			if _, begun, err = g.ask(ctx, command{argv: []string{"rmdir", "--", path.Join(dir, ".git")}, user: root}); err != nil {
+				return "", err
+			}
+		}
+		if !begun {
+			return "there are files at " + visible(dir) + " already", nil
+		}
 	}
 	_, err = g.run(ctx, command{argv: []string{"mkdir", "-p", "--", dir}, user: root})
 	if errors.As(err, &failed) && api.CodeOf(err) != api.NoSpace {

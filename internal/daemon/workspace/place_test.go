@@ -12,6 +12,7 @@ import (
 	"banger/api"
 	"banger/internal/daemon/store"
 	"banger/internal/guest/agent"
+	"banger/internal/guest/wire"
 )
 
 func TestPlace(t *testing.T) {
@@ -79,7 +80,7 @@ func TestOwners(t *testing.T) {
 	w := newWorld(t)
 	write(t, w.host, "a/b", "a\n")
 	w.commit("first")
-	w.guests.agent = agent.New(agent.Options{User: "nobody"})
+	w.guests.agent = agent.New(agent.Options{Config: wire.Config{User: &wire.User{Name: "nobody"}}})
 	// The folder of the test and the one above it are for root alone.
 	for dir := filepath.Dir(w.host); strings.HasPrefix(dir, os.TempDir()+"/"); dir = filepath.Dir(dir) {
 		check(t, os.Chmod(dir, 0o755))

@@ -28,15 +28,17 @@ type Prepared struct {
 	// untracked ones that stayed on the host.
 	Changed, SkippedUntracked int
 	// Updated counts files that were written or removed inside. Kept names those that
-	// changed on both sides and were left as they are inside, fit for a terminal.
+	// changed on both sides and were left as they are inside, fit for a terminal; those
+	// that cannot be written there have a note.
 	Updated int
 	Kept    []string
 	// Notes are lines for the user.
 	Notes []string
 }
 
-// mergeTries bounds how often a prepare looks again because files changed inside.
-const mergeTries = 3
+// mergeTries bounds how often a prepare looks again because files changed inside, or
+// could not be written.
+const mergeTries = 5
 
 // Prepare brings the repository that path lies in into a running VM, the first time
 // and every other time. Ended at any moment, by ctx, Interrupt, SIGKILL or a full
@@ -53,7 +55,7 @@ func (m *Manager) Prepare(ctx context.Context, vmID, path string, includeUntrack
 		return Prepared{}, err
 	}
 	defer leave()
-	j := &preparation{m: m, vm: vm, repo: repo, progress: p}
+	j := &preparation{m: m, vm: vm, repo: repo, progress: p, stuck: map[string]bool{}}
 	err = j.run(ctx, includeUntracked)
 	err = because(ctx, m.guest(vm).blame(err, j.inside.top))
 	return j.result, explain(err, "cannot bring %s into %s", visible(repo.Path), vm.Name)
@@ -73,6 +75,8 @@ type preparation struct {
 	next files             // what an interrupted prepare was to bring in
 	came files             // what of it had come in
 	base files             // with that
+
+	stuck map[string]bool // files that cannot be written inside, as far as it was tried
 
 	// of the last scan
 	without unread
@@ -172,16 +176,13 @@ func (j *preparation) open(ctx context.Context) error {
 
 // exclude is what the host's user ignores beyond the .gitignore files.
 func (j *preparation) exclude() ([]byte, error) {
+	const most = 1 << 20 // bytes
 	var text []byte
-	personal := j.repo.config["core.excludesfile"]
-	if personal == "" {
-		dir := os.Getenv("XDG_CONFIG_HOME")
-		if home, err := os.UserHomeDir(); dir == "" && err == nil {
-			dir = filepath.Join(home, ".config")
+	for _, path := range []string{j.repo.ignores, filepath.Join(j.shadow.dir, "info", "exclude")} {
+		if info, err := os.Stat(path); err == nil && (!info.Mode().IsRegular() || info.Size() > most) {
+			return nil, api.Errorf(api.Refused, "the list of ignored files %s is no plain file, or larger than 1 MiB", visible(path)).
+				WithHint("git config --show-origin core.excludesFile")
 		}
-		personal = filepath.Join(dir, "git", "ignore")
-	}
-	for _, path := range []string{personal, filepath.Join(j.shadow.dir, "info", "exclude")} {
 		more, err := os.ReadFile(path)
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			return nil, err
@@ -312,17 +313,28 @@ func (j *preparation) bring(ctx context.Context, guest files) (plan, string, err
 		if err == nil || !errors.As(err, &failed) || api.CodeOf(err) != api.Internal {
 			return pl, newBase, err
 		}
-		if !strings.Contains(failed.stderr, "not uptodate") && !strings.Contains(failed.stderr, "would be overwritten") {
+		if !slices.Contains(failed.argv, "-u") { // not the checkout
 			return pl, newBase, err
 		}
+		changed := strings.Contains(failed.stderr, "not uptodate") || strings.Contains(failed.stderr, "would be overwritten")
 		if try == mergeTries {
-			return pl, newBase, api.Errorf(api.Busy, "files change inside all the time: %w", err).WithHint("banger up")
+			if changed {
+				err = api.Errorf(api.Busy, "files change inside all the time: %w", err).WithHint("banger up")
+			}
+			return pl, newBase, err
 		}
-		if err := j.inside.begin(ctx); err != nil {
+		if err = j.inside.begin(ctx); err != nil {
 			return pl, newBase, err
 		}
 		if guest, err = j.look(ctx); err != nil {
 			return pl, newBase, err
+		}
+		stuck, err := j.stick(ctx, pl.write, guest, failed.stderr)
+		if err != nil {
+			return pl, newBase, err
+		}
+		if !stuck && !changed {
+			return pl, newBase, failed
 		}
 	}
 }
@@ -336,7 +348,7 @@ func (j *preparation) bringOnce(ctx context.Context, guest files) (pl plan, newB
 		}
 		blocked = inTheWay(ignored)
 	}
-	pl = merge(j.base, guest, j.snap.files, blocked, j.without.has)
+	pl = merge(j.base, guest, j.snap.files, blocked, j.without.has, func(path string) bool { return j.stuck[path] })
 	was := j.refs[refBase]
 	if newBase, err = j.inside.derive(ctx, j.inside.lastingEnv(workBase), was, lasting(j.came, pl.base, j.next)); err != nil {
 		return pl, "", err
@@ -347,7 +359,7 @@ func (j *preparation) bringOnce(ctx context.Context, guest files) (pl plan, newB
 		}
 		j.refs[refNext] = newBase
 	}
-	if err := j.inside.checkOut(ctx, pl.write); err != nil || len(pl.write) == 0 {
+	if err := j.inside.checkOut(ctx, pl.write); err != nil || len(pl.write)+len(j.came) == 0 {
 		return pl, newBase, err
 	}
 	return pl, newBase, j.inside.sync(ctx)
@@ -358,7 +370,11 @@ func (j *preparation) finish(ctx context.Context, pl plan, newBase string, tags 
 	if err := j.inside.keepIndex(ctx); err != nil {
 		return err
 	}
-	refs := map[string]string{refBase: newBase, refHead: j.snap.headTree}
+	head, err := j.headInside(ctx, pl.behind)
+	if err != nil {
+		return err
+	}
+	refs := map[string]string{refBase: newBase, refHead: head}
 	if j.refs[refNext] != "" {
 		refs[refNext] = ""
 	}
@@ -370,7 +386,15 @@ func (j *preparation) finish(ctx context.Context, pl plan, newBase string, tags 
 	for name, oid := range tags {
 		refs[name] = oid
 	}
-	note, err := j.moveHead(ctx, len(pl.kept) > 0, refs)
+	behind := ""
+	if len(pl.stuck) > 0 {
+		behind = "files there cannot be written"
+		j.notes = append(j.notes, stuckNote(pl.stuck, j.vm.User.Name))
+	}
+	if len(pl.kept) > 0 {
+		behind = "files changed on both sides"
+	}
+	note, err := j.moveHead(ctx, behind, refs)
 	if err != nil {
 		return err
 	}
@@ -382,7 +406,7 @@ func (j *preparation) finish(ctx context.Context, pl plan, newBase string, tags 
 	w := &j.result.Workspace
 	w.BaseTree, w.PreparedAt, w.Changes, w.ChangesAt = newBase, now, pl.changes, now
 	j.result.HeadShort, j.result.Changed, j.result.SkippedUntracked = j.repo.HeadShort, j.snap.changed, j.snap.skipped
-	j.result.Updated = len(pl.write)
+	j.result.Updated += len(pl.write)
 	for _, path := range pl.kept {
 		j.result.Kept = append(j.result.Kept, visible(path))
 	}

@@ -141,7 +141,7 @@ func globQuote(path string) string {
 }
 
 func copyFile(to, from string) error {
-	in, err := os.Open(from)
+	in, err := openPlain(from)
 	if err != nil {
 		return err
 	}

@@ -368,3 +368,67 @@ func TestFileThatGrows(t *testing.T) {
 		t.Errorf("shorter: %v", err)
 	}
 }
+
+// TestIgnoresOfTheRepository: its own configuration says what is ignored, but its choice
+// of a file brings none of the user's into the VM; the user's own list goes in.
+func TestIgnoresOfTheRepository(t *testing.T) {
+	w := newWorld(t)
+	secret := filepath.Join(t.TempDir(), "key")
+	check(t, os.WriteFile(secret, []byte("SECRET\n"), 0o600))
+	w.git(w.host, "config", "core.excludesFile", secret)
+	write(t, w.host, "a", "a\n")
+	w.commit("one")
+	mine := filepath.Join(t.TempDir(), "mine")
+	check(t, os.WriteFile(mine, []byte("*.mine\n"), 0o600))
+	w.git(w.host, "config", "--global", "core.excludesFile", mine)
+	w.prepare()
+	inside := read(t, w.inside, ".git/info/exclude")
+	if strings.Contains(inside, "SECRET") || !strings.Contains(inside, "*.mine") {
+		t.Errorf("info/exclude inside is %q", inside)
+	}
+}
+
+// TestPlainFiles: what is read from a git directory is neither a link nor a pipe.
+func TestPlainFiles(t *testing.T) {
+	for name, put := range map[string]func(path string) error{
+		"link": func(path string) error { return os.Symlink("/etc/hostname", path) },
+		"pipe": func(path string) error { return syscall.Mkfifo(path, 0o600) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			write(t, w.host, "a", "a\n")
+			w.commit("one")
+			exclude := filepath.Join(w.host, ".git/info/exclude")
+			check(t, os.MkdirAll(filepath.Dir(exclude), 0o755))
+			os.Remove(exclude)
+			check(t, put(exclude))
+			_, err := w.tryPrepare(t.Context())
+			if api.CodeOf(err) != api.Refused || !strings.Contains(err.Error(), "info/exclude is no plain file") {
+				t.Errorf("prepare says %v", err)
+			}
+		})
+	}
+}
+
+// TestGitDirectoryElsewhere: a .git file is believed when the git directory says the same.
+func TestGitDirectoryElsewhere(t *testing.T) {
+	w := newWorld(t)
+	write(t, w.host, "a", "a\n")
+	w.commit("one")
+	top := filepath.Dir(w.host)
+	w.git(top, "clone", "-q", "shop", "lib")
+	w.git(w.host, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", top+"/lib", "lib")
+	w.git(top, "init", "-q", "--separate-git-dir", "apart.git", "apart")
+	apart := filepath.Join(top, "apart")
+	for _, c := range []struct {
+		path string
+		code api.Code
+	}{{filepath.Join(w.host, "lib"), ""}, {apart, api.Refused}} {
+		if _, err := w.m.Locate(t.Context(), c.path); err == nil && c.code != "" || err != nil && api.CodeOf(err) != c.code {
+			t.Errorf("%s: %v", c.path, err)
+		}
+	}
+	w.git(apart, "config", "core.worktree", apart) // as the hint says
+	_, err := w.m.Locate(t.Context(), apart)
+	check(t, err)
+}

@@ -19,7 +19,7 @@ func (w *world) otherUser() {
 	if os.Getuid() != 0 {
 		return
 	}
-	w.guests.agent = agent.New(agent.Options{User: "nobody"})
+	w.guests.agent = agent.New(agent.Options{Config: wire.Config{User: &wire.User{Name: "nobody"}}})
 	for dir := filepath.Dir(w.host); strings.HasPrefix(dir, os.TempDir()+"/"); dir = filepath.Dir(dir) {
 		check(w.t, os.Chmod(dir, 0o755))
 	}
@@ -96,8 +96,20 @@ func TestUnreadNotes(t *testing.T) {
 	}
 }
 
-// What the guest's user may not write is the guest's state, and root can mend it.
-func TestUnwritableInside(t *testing.T) {
+// chown gives a path inside, and all below it, to somebody.
+func (w *world) chown(path string, uid, gid int) {
+	w.t.Helper()
+	check(w.t, filepath.WalkDir(filepath.Join(w.inside, path), func(path string, _ os.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		return os.Lchown(path, uid, gid)
+	}))
+}
+
+// What the guest's user may not write below .git is the guest's state, and root can mend
+// it.
+func TestUnwritableGit(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("only root can have another user in the guest")
 	}
@@ -106,23 +118,15 @@ func TestUnwritableInside(t *testing.T) {
 	write(t, w.host, "d/a", "a\n")
 	w.commit("first")
 	w.prepare()
-	chown := func(top string, uid, gid int) {
-		check(t, filepath.WalkDir(top, func(path string, _ os.DirEntry, err error) error {
-			if err != nil {
-				return err
-			}
-			return os.Lchown(path, uid, gid)
-		}))
-	}
 	owner := w.owner()
 	write(t, w.host, "d/a", "b\n")
 	w.commit("second")
-	for path, top := range map[string]string{".git/objects": w.inside + "/.git", ".git": w.inside + "/.git", "d": w.inside} {
-		chown(filepath.Join(w.inside, path), 0, 0)
+	for _, path := range []string{".git/objects", ".git"} {
+		w.chown(path, 0, 0)
 		_, err := w.tryPrepare(context.Background())
 		wantError(t, err, api.Refused, "ermission denied")
-		want(t, path, api.HintOf(err), "banger exec -u root shop chown -R USER "+top)
-		chown(filepath.Join(w.inside, path), int(owner.Uid), int(owner.Gid))
+		want(t, path, api.HintOf(err), "banger exec -u root shop chown -R USER "+w.inside+"/.git")
+		w.chown(path, int(owner.Uid), int(owner.Gid))
 	}
 	want(t, "kept", w.prepare().Kept, "[]")
 	want(t, "a", read(t, w.inside, "d/a"), "b\n")
