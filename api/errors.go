@@ -23,6 +23,7 @@ const (
 	Cancelled     Code = "cancelled"      // somebody asked for it to end
 	Unresponsive  Code = "unresponsive"   // the guest did not answer in time
 	Ended         Code = "ended"          // the VM ended where it should have run
+	Stopping      Code = "stopping"       // the daemon is about to end; the next one can be asked
 	UnknownMethod Code = "unknown_method" // the daemon does not know the call
 	Internal      Code = "internal"       // a defect of banger
 )

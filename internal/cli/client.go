@@ -9,6 +9,8 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -42,6 +44,13 @@ type client struct {
 	operations bangerv1connect.OperationsClient
 
 	status *bangerv1.StatusResponse // as of the connect
+
+	// next returns when the daemon that is about to end has been followed by another;
+	// nil where none is to be started.
+	next    func(ctx context.Context) error
+	waiting sync.Mutex // of several calls one waits in next at a time
+
+	peer atomic.Int32 // the process that listened on the socket when it was dialled last
 }
 
 // openClient opens the state directory, and with create makes it. It does not connect.
@@ -68,7 +77,7 @@ func openClient(l config.Layout, create bool) (*client, error) {
 	hc := &http.Client{Transport: c.http}
 	opts := connect.WithClientOptions(
 		connect.WithAcceptCompression("gzip", nil, nil), // it costs more than a local socket gains
-		connect.WithInterceptors(connect.UnaryInterceptorFunc(withDeadline)),
+		connect.WithInterceptors(connect.UnaryInterceptorFunc(c.unary)),
 	)
 	c.machine = bangerv1connect.NewMachineClient(hc, url, opts)
 	c.vms = bangerv1connect.NewVMsClient(hc, url, opts)
@@ -79,12 +88,32 @@ func openClient(l config.Layout, create bool) (*client, error) {
 	return c, nil
 }
 
-func withDeadline(next connect.UnaryFunc) connect.UnaryFunc {
-	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
+// unary gives every call a deadline. One that came to a daemon which is about to end,
+// because a banger replaces it, has begun nothing there and is made to the next one.
+func (c *client) unary(call connect.UnaryFunc) connect.UnaryFunc {
+	bounded := func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
 		ctx, cancel := context.WithTimeout(ctx, callTimeout)
 		defer cancel()
-		return next(ctx, req)
+		return call(ctx, req)
 	}
+	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
+		res, err := bounded(ctx, req)
+		if codeOf(err) != api.Stopping || req.Spec().Procedure == bangerv1connect.MachineStatusProcedure || c.succeed(ctx) != nil {
+			return res, err
+		}
+		return bounded(ctx, req)
+	}
+}
+
+// succeed waits for the daemon after the one that said api.Stopping. It fails where
+// there will be none.
+func (c *client) succeed(ctx context.Context) error {
+	if c.next == nil {
+		return errNoDaemon
+	}
+	c.waiting.Lock()
+	defer c.waiting.Unlock()
+	return c.next(ctx)
 }
 
 func (c *client) close() {
@@ -139,6 +168,7 @@ func (c *client) dialAt(ctx context.Context, dir int) (net.Conn, error) {
 		conn.Close()
 		return nil, err
 	}
+	c.peer.Store(peer.Pid)
 	return conn, nil
 }
 
@@ -174,7 +204,8 @@ func (c *client) ask(ctx context.Context) error {
 	return nil
 }
 
-// running connects to the daemon that runs, and starts none.
+// running connects to the daemon that runs, and starts none. Of one that is about to end
+// there is no status.
 func (a *app) running(ctx context.Context) (*client, error) {
 	l, err := a.layout()
 	if err != nil {
@@ -184,7 +215,7 @@ func (a *app) running(ctx context.Context) (*client, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := c.ask(ctx); err != nil {
+	if err := c.ask(ctx); err != nil && codeOf(err) != api.Stopping {
 		c.close()
 		return nil, err
 	}
@@ -202,6 +233,7 @@ func (a *app) connect(ctx context.Context) (*client, error) {
 	if err != nil {
 		return nil, err
 	}
+	c.next = func(ctx context.Context) error { return a.ensure(ctx, c) }
 	if err = a.ensure(ctx, c); err == nil {
 		err = a.renew(ctx, c)
 	}

@@ -30,6 +30,9 @@ func (a *app) daemonStatusCommand() *cobra.Command {
 				return err
 			}
 			defer c.close()
+			if c.status == nil {
+				return api.Errorf(api.Stopping, "the daemon is shutting down").WithHint("banger ps")
+			}
 			if a.json {
 				return a.printJSON(c.status)
 			}

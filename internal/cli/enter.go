@@ -244,12 +244,10 @@ func (e *entry) execute(ctx context.Context, x wire.Exec, fallback string) error
 		return errInterrupted
 	}
 	cmd := command{vm: e.vm.Id, name: e.vm.Name, exec: x, begun: func() { e.entered = true }}
-	code, err := e.runInGuest(ctx, e.client, cmd)
-	if isNoDir(err) && fallback != "" && x.Dir != fallback && e.flags.exec.dir == "" {
-		e.ui.note("%s does not exist inside; running in %s", x.Dir, fallback)
-		cmd.exec.Dir = fallback
-		code, err = e.runInGuest(ctx, e.client, cmd)
+	if e.flags.exec.dir != "" {
+		fallback = ""
 	}
+	code, err := e.inGuest(ctx, e.client, cmd, fallback)
 	if e.entered && !e.flags.remove && !e.vm.RemoveOnRelease && (len(x.Argv) == 0 || e.created && e.cmd.Name() == "run") {
 		e.ui.note("%s goes on running; banger stop %s stops it, banger rm -f %s removes it", e.vm.Name, e.vm.Name, e.vm.Name)
 	}

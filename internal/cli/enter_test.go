@@ -215,6 +215,11 @@ func TestUpGoesInAllTheSame(t *testing.T) {
 	code = api.Refused
 	d.vms["shop"].Workspace = nil
 	want(t, "no workspace", d.run("up", "-q", "--", "true"), result{125, "", "banger: the disk of shop is full\nhint: banger exec shop df -h\n"})
+	// A new VM goes again, so the hint must not name it.
+	delete(d.vms, "shop")
+	code = api.NoSpace
+	want(t, "new", d.run("up", "-q", "--", "true"), result{125, "", "banger: the disk of shop is full\nhint: banger up --disk 40G\n"})
+	want(t, "VMs", len(d.vms), 0)
 }
 
 // TestUpIntoLeased: somebody else's --rm takes the VM away.
@@ -502,4 +507,19 @@ func TestAgo(t *testing.T) {
 		want(t, d.String(), a.ago(stamp(now().Add(-d))), s)
 	}
 	want(t, "never", a.ago(nil), "-")
+}
+
+// TestTwoSignalsAsOne: a Ctrl-C that the next one follows at once is not lost on the
+// daemon.
+func TestTwoSignalsAsOne(t *testing.T) {
+	for range 20 {
+		d := newFake(t)
+		d.script["create"] = func(op *fakeOp) { op.step(1, 2, "slow"); op.undo() }
+		c := d.call().start("create", "--name", "box")
+		eventually(t, "it is watched", func() bool { return strings.Contains(c.err.String(), "1/2 slow") })
+		c.kill(syscall.SIGINT)
+		c.kill(syscall.SIGINT)
+		want(t, "exit code", c.wait(), 130)
+		contains(t, "requests", d.called(), "cancel op1")
+	}
 }

@@ -94,10 +94,10 @@ func codeOf(err error) api.Code {
 	return asError(err).Code
 }
 
-// isLost tells a broken connection, and no daemon, from an answer and from a refusal
-// of banger's own.
+// isLost tells a broken connection, and no daemon or one that is about to end, from an
+// answer and from a refusal of banger's own.
 func isLost(err error) bool {
-	if errors.Is(err, errNoDaemon) {
+	if errors.Is(err, errNoDaemon) || codeOf(err) == api.Stopping {
 		return true
 	}
 	var e *api.Error
@@ -153,7 +153,7 @@ func exitCodeOf(err error, guest bool) int {
 		return exitNotFound
 	case api.NotReady:
 		return exitNotReady
-	case api.Busy, api.Refused, api.Exists:
+	case api.Busy, api.Refused, api.Exists, api.Stopping:
 		return exitRefused
 	}
 	return exitFailed

@@ -1,9 +1,12 @@
 package cli
 
 import (
+	"context"
 	"path"
 
 	"github.com/spf13/cobra"
+
+	"banger/api"
 )
 
 func (a *app) execCommand() *cobra.Command {
@@ -69,16 +72,29 @@ func (a *app) exec(cmd *cobra.Command, f *execFlags, ref string, argv []string) 
 	if target.exec, err = a.command(cmd, f, base, argv, false); err != nil {
 		return err
 	}
-	code, err := a.runInGuest(cmd.Context(), c, target)
-	if isNoDir(err) && top != base && f.dir == "" {
-		a.ui.note("%s does not exist inside; running in %s", base, top)
-		target.exec.Dir = top
-		code, err = a.runInGuest(cmd.Context(), c, target)
+	if f.dir != "" {
+		top = ""
 	}
+	code, err := a.inGuest(cmd.Context(), c, target, top)
 	if err == nil && code != 0 {
 		err = exit(code)
 	}
 	return err
+}
+
+// inGuest is runInGuest, also when the daemon is being replaced just now, and in the
+// directory fallback, unless it is "", when the guest lacks the command's.
+func (a *app) inGuest(ctx context.Context, c *client, cmd command, fallback string) (int, error) {
+	code, err := a.runInGuest(ctx, c, cmd)
+	if codeOf(err) == api.Stopping && c.succeed(ctx) == nil {
+		code, err = a.runInGuest(ctx, c, cmd)
+	}
+	if isNoDir(err) && fallback != "" && fallback != cmd.exec.Dir {
+		a.ui.note("%s does not exist inside; running in %s", cmd.exec.Dir, fallback)
+		cmd.exec.Dir = fallback
+		code, err = a.runInGuest(ctx, c, cmd)
+	}
+	return code, err
 }
 
 func orElse(s, otherwise string) string {

@@ -40,7 +40,8 @@ type fakeDaemon struct {
 	vms      map[string]*bangerv1.VM
 	found    func(path string) (*bangerv1.FindWorkspaceResponse, error)
 	prepared *bangerv1.Prepared
-	refuse   map[string]error // by method, for example "create"
+	refuse   map[string]error          // by method, for example "create"
+	ending   func(method string) error // asked by status, exec and what begins; may be nil
 	script   map[string]func(op *fakeOp)
 	ops      map[string]*fakeOp
 	calls    []string
@@ -213,6 +214,9 @@ func (d *fakeDaemon) begin(method, target string, result func(m *bangerv1.Operat
 	if err := d.refuse[method]; err != nil {
 		return nil, err
 	}
+	if err := d.askEndingLocked(method); err != nil {
+		return nil, err
+	}
 	id := fmt.Sprintf("op%d", len(d.ops)+1)
 	op := &fakeOp{d: d, cancelled: make(chan struct{}), changed: make(chan struct{}), m: &bangerv1.Operation{
 		Id: id, Kind: method, Target: target, State: bangerv1.Operation_RUNNING, CreatedAt: timestamppb.New(now())}}
@@ -237,6 +241,13 @@ func (d *fakeDaemon) begin(method, target string, result func(m *bangerv1.Operat
 		})
 	}()
 	return first, nil
+}
+
+func (d *fakeDaemon) askEndingLocked(method string) error {
+	if d.ending == nil {
+		return nil
+	}
+	return d.ending(method)
 }
 
 func (d *fakeDaemon) resolve(ref string) (*bangerv1.VM, error) {
@@ -285,6 +296,9 @@ type fakeMachine struct{ d *fakeDaemon }
 func (s fakeMachine) Status(context.Context, *bangerv1.StatusRequest) (*bangerv1.StatusResponse, error) {
 	s.d.mu.Lock()
 	defer s.d.mu.Unlock()
+	if err := s.d.askEndingLocked("status"); err != nil {
+		return nil, err
+	}
 	return proto.Clone(s.d.status).(*bangerv1.StatusResponse), nil
 }
 
@@ -292,6 +306,9 @@ func (s fakeMachine) Shutdown(_ context.Context, req *bangerv1.ShutdownRequest) 
 	s.d.note("shutdown if_idle=%v", req.IfIdle)
 	if req.IfIdle && s.d.status.BusyOperations > 0 {
 		return nil, api.Errorf(api.Busy, "the daemon is busy")
+	}
+	if s.d.ending != nil {
+		return &bangerv1.ShutdownResponse{}, nil // it is about to end already
 	}
 	go func() {
 		s.d.close()

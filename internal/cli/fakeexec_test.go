@@ -30,6 +30,11 @@ func (d *fakeDaemon) serveExec(w http.ResponseWriter, r *http.Request) {
 	if err == nil && d.refuse["exec"] != nil {
 		err = d.refuse["exec"]
 	}
+	if err == nil {
+		d.mu.Lock()
+		err = d.askEndingLocked("exec")
+		d.mu.Unlock()
+	}
 	if err != nil {
 		e := asError(err)
 		w.WriteHeader(http.StatusConflict)

@@ -177,7 +177,7 @@ type execFlags struct {
 func (f *execFlags) add(cmd *cobra.Command, stdin string) {
 	fs := cmd.Flags()
 	fs.BoolVarP(&f.interactive, "interactive", "i", false, stdin)
-	fs.BoolVarP(&f.tty, "tty", "t", false, "give the command a terminal, as its stdin too (default: when stdin and stdout are terminals)")
+	fs.BoolVarP(&f.tty, "tty", "t", false, "give the command a terminal, as its stdin too if stdin is one (default: when stdin and stdout are terminals)")
 	fs.StringArrayVarP(&f.env, "env", "e", nil, "environment variable `KEY=VALUE`; KEY alone takes the value from here")
 	fs.StringVarP(&f.user, "user", "u", "", "`USER` in the guest: name, uid or uid:gid (default: you, as the image knows you)")
 	fs.StringVarP(&f.dir, "workdir", "w", "", "`DIR` in the guest, relative to where the command would run")
@@ -191,11 +191,14 @@ func (a *app) command(cmd *cobra.Command, f *execFlags, base string, argv []stri
 	if !cmd.Flags().Changed("tty") {
 		e.TTY = a.onTerminal()
 	}
-	e.Stdin = f.interactive || e.TTY || pipes && !isTerminal(a.stdin)
-	if cmd.Flags().Changed("interactive") && !f.interactive {
+	e.Stdin = f.interactive || e.TTY && isTerminal(a.stdin) || pipes && !isTerminal(a.stdin)
+	if cmd.Flags().Changed("interactive") && !f.interactive || e.TTY && !f.interactive && isNull(a.stdin) {
 		e.Stdin = false
 	}
 	switch {
+	case e.TTY && e.Stdin && !isTerminal(a.stdin):
+		// A terminal takes some bytes for keys and cuts long lines.
+		return e, usage(cmd, "-t: stdin is no terminal, and cannot be passed on through one").WithHint("%s -i, without -t", cmd.CommandPath())
 	case path.IsAbs(f.dir):
 		e.Dir = path.Clean(f.dir)
 	case f.dir != "" && base == "":

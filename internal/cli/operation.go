@@ -43,6 +43,10 @@ func (a *app) watch(c *client, op *bangerv1.Operation, w watch) (*bangerv1.Opera
 		select {
 		case m, ok := <-messages:
 			if !ok {
+				if asked != nil && w.cancel.Err() != nil {
+					// Two Ctrl-C came as one: the daemon has to know of the first all the same.
+					a.cancelOperation(w.ctx, c, op)
+				}
 				return op, errInterrupted
 			}
 			if m.err != nil {
@@ -59,11 +63,21 @@ func (a *app) watch(c *client, op *bangerv1.Operation, w watch) (*bangerv1.Opera
 		case <-asked:
 			asked, cancelled = nil, true
 			a.ui.note("cancelling, waiting for rollback (Ctrl-C again leaves)")
-			if _, err := c.operations.Cancel(w.ctx, &bangerv1.CancelOperationRequest{Id: op.Id}); err != nil && !isLost(err) {
+			if err := a.cancelOperation(w.ctx, c, op); err != nil && w.ctx.Err() == nil && !isLost(err) {
 				return op, err
 			}
 		}
 	}
+}
+
+// cancelOperation asks for the end of op. After the end of ctx, at the second Ctrl-C, it
+// goes on for as long as a daemon that is well needs to hear of it.
+func (a *app) cancelOperation(ctx context.Context, c *client, op *bangerv1.Operation) error {
+	call, end := context.WithCancel(context.WithoutCancel(ctx))
+	defer end()
+	defer context.AfterFunc(ctx, func() { time.AfterFunc(time.Second, end) })()
+	_, err := c.operations.Cancel(call, &bangerv1.CancelOperationRequest{Id: op.Id})
+	return err
 }
 
 // outcome is how a finished operation ended, as an error.

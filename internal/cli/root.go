@@ -1,9 +1,11 @@
 package cli
 
 import (
+	"errors"
 	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 )
 
 // The groups of the help.
@@ -79,7 +81,13 @@ A VM is named by its name, its id, or a prefix of either that fits only one.`,
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetHelpTemplate(helpTemplate)
 	root.SetUsageTemplate(usageTemplate)
-	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usage(cmd, "%s", err) })
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		var value *pflag.InvalidValueError
+		if errors.As(err, &value) {
+			return usage(cmd, "--%s: %s", value.GetFlag().Name, errors.Unwrap(value))
+		}
+		return usage(cmd, "%s", err)
+	})
 	root.AddGroup(
 		&cobra.Group{ID: groupRepository, Title: "The repository:"},
 		&cobra.Group{ID: groupVMs, Title: "VMs:"},
@@ -174,10 +182,10 @@ func makeParent(cmd *cobra.Command) {
 	}
 }
 
-// meant guesses the child of cmd that was meant by a name that none has, or "". Two
-// letters may differ only in words long enough for the rest to say something.
+// meant guesses the child of cmd that was meant by a name that none has, or "". In short
+// words the letters that do not differ say nothing: "cp" is not meant to be "op".
 func meant(cmd *cobra.Command, name string) string {
-	for _, g := range []struct{ distance, letters int }{{1, 2}, {2, 4}} {
+	for _, g := range []struct{ distance, letters int }{{1, 3}, {2, 4}} {
 		cmd.SuggestionsMinimumDistance = g.distance
 		for _, near := range cmd.SuggestionsFor(name) {
 			if min(len(name), len(near)) >= g.letters {

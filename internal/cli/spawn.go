@@ -15,6 +15,7 @@ import (
 	"syscall"
 	"time"
 
+	"connectrpc.com/connect"
 	"golang.org/x/sys/unix"
 
 	"banger/api"
@@ -186,6 +187,14 @@ func (a *app) startFailed(ctx context.Context, c *client, offset int64, err erro
 	case a.signals.interrupted():
 		return errInterrupted
 	}
+	var ce *connect.Error
+	if ctx.Err() == nil && errors.As(err, &ce) {
+		if said = asError(err); said.Code == api.Unresponsive {
+			return api.Errorf(said.Code, "the daemon (pid %d) did not answer within %v", c.peer.Load(), callTimeout).
+				WithHint("kill -9 %d", c.peer.Load()) // a daemon may be killed at any moment; VMs run on
+		}
+		return said
+	}
 	code := api.Internal
 	if ctx.Err() != nil {
 		code, err = api.Unresponsive, fmt.Errorf("it did not answer within %v", startTimeout)
@@ -250,7 +259,7 @@ func (c *client) shutdown(ctx context.Context, ifIdle bool) error {
 		c.http.CloseIdleConnections()
 		err := c.ask(ctx)
 		// Another banger may have started the next one meanwhile.
-		gone := err != nil && (errors.Is(err, errNoDaemon) || isLost(err)) || err == nil && c.status.Pid != pid
+		gone := isLost(err) && codeOf(err) != api.Stopping || err == nil && c.status.Pid != pid
 		return gone, nil
 	})
 	if err != nil {

@@ -1,20 +1,25 @@
 package cli
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
+	"connectrpc.com/connect"
 	"golang.org/x/sys/unix"
 
+	"banger/api"
 	bangerv1 "banger/api/banger/v1"
 	"banger/internal/config"
+	"banger/internal/guest/wire"
 	"banger/test/need"
 )
 
@@ -278,4 +283,70 @@ func TestStatus(t *testing.T) {
 	want(t, "status", d.run("daemon", "status").out, "version:      1.2\npid:          77\nsocket:       /s/bangerd.sock\nstate:        /s\nlog:          "+d.layout.Log()+
 		"\ninstance:     abc123\nstarted:      1h ago\nVMs:          3, of which 1 run\nbusy with:    1 job\nVMM:          qemu\naccelerator:  tcg\nno KVM:       no vmx or svm\n")
 	contains(t, "json", d.run("daemon", "status", "--format", "json").out, `"accelerator_reason": "no vmx or svm"`)
+}
+
+// endingOnce makes d a daemon that is about to end when method is first called, and
+// that has been followed by the next one a few questions later.
+func (d *fakeDaemon) endingOnce(method string) {
+	const over = 4
+	asked := 0
+	d.ending = func(m string) error {
+		if asked == 0 && m != method || asked == over {
+			return nil
+		}
+		asked++
+		return api.Errorf(api.Stopping, "the daemon is shutting down")
+	}
+}
+
+// TestDaemonIsReplaced: a call that comes to a daemon which is about to end is made to
+// the next one; commands that only look say what they see.
+func TestDaemonIsReplaced(t *testing.T) {
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for method, args := range map[string][]string{
+		"create": {"create", "--name", "box"}, "stop": {"stop", "shop"}, "exec": {"exec", "shop", "true"}, "status": {"ps", "-q"},
+	} {
+		t.Run(method, func(t *testing.T) {
+			d := newFake(t)
+			d.add(&bangerv1.VM{Name: "shop", State: bangerv1.VM_RUNNING})
+			d.exec = func(_ wire.Exec, g *guestEnd) { g.exit(0) }
+			lock, err := os.OpenFile(d.layout.DaemonLock(), os.O_RDWR|os.O_CREATE, 0o600)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer lock.Close()
+			if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+				t.Fatal(err)
+			}
+			d.status.Build = "9000000000000000000-1" // or it would be replaced
+			d.endingOnce(method)
+			call := d.call()
+			call.env = []string{"BANGERD=" + self, daemonMode + "=serve", "GOCOVERDIR=" + coverage(t)}
+			if code := call.start(args...).wait(); code != 0 {
+				t.Errorf("exit code %d: %s", code, call.err.String())
+			}
+		})
+	}
+	d := newFake(t)
+	d.endingOnce("status")
+	want(t, "daemon status", d.run("daemon", "status"), result{5, "", "banger: the daemon is shutting down\nhint: banger ps\n"})
+	var answers atomic.Int32
+	d.ending = func(string) error {
+		if answers.Add(1) == 4 {
+			go d.close()
+		}
+		return api.Errorf(api.Stopping, "the daemon is shutting down")
+	}
+	want(t, "daemon stop", d.run("daemon", "stop"), result{0, "", ""})
+	want(t, "it waited", answers.Load() >= 4, true)
+}
+
+// TestDaemonThatHangs: it takes the connection and does not answer in time.
+func TestDaemonThatHangs(t *testing.T) {
+	d := newFake(t)
+	d.ending = func(string) error { return connect.NewError(connect.CodeDeadlineExceeded, context.DeadlineExceeded) }
+	want(t, "ps", d.run("ps"), result{1, "", fmt.Sprintf("banger: the daemon (pid %d) did not answer within 30s\nhint: kill -9 %[1]d\n", os.Getpid())})
 }

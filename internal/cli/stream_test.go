@@ -291,6 +291,55 @@ func TestHalfATerminal(t *testing.T) {
 	want(t, "a shell", c.start("run").wait(), 125)
 }
 
+// TestTerminalWithoutOne: -t gives a terminal to a command whose stdin is none. A pipe
+// does not go through it: unasked it is left for whoever comes next, asked for it is
+// refused. /dev/null is no input.
+func TestTerminalWithoutOne(t *testing.T) {
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	const size = " env=TERM=xterm tty 80x24"
+	for _, c := range []struct {
+		args  string
+		stdin io.Reader
+		asked string // empty: refused
+	}{
+		{"exec -t box ls", nil, `["ls"]` + size},
+		{"exec -t box ls", null, `["ls"]` + size},
+		{"exec -t -i box ls", nil, ""},
+		{"exec -t -i box ls", null, ""},
+		{"run -t -- ls", nil, ""},
+		{"run -t -i=false -- ls", nil, `["ls"]` + size},
+		{"run -t -- ls", null, `["ls"]` + size},
+		{"run -- ls", null, `["ls"] stdin`},
+	} {
+		var asked string
+		d := withBox(t, func(x wire.Exec, g *guestEnd) {
+			asked = describeExec(x)
+			g.started()
+			g.exit(0)
+		})
+		pipe := strings.NewReader("next\n")
+		call := d.call()
+		if call.stdin = c.stdin; c.stdin == nil {
+			call.stdin = pipe
+		}
+		code := call.start(strings.Fields(c.args)...).wait()
+		want(t, c.args, asked, c.asked)
+		want(t, c.args+": left in the pipe", pipe.Len(), 5)
+		if c.asked != "" {
+			want(t, c.args, code, 0)
+			continue
+		}
+		want(t, c.args, code, 125)
+		verb := strings.Fields(c.args)[0]
+		want(t, c.args, call.err.String(), "banger: -t: stdin is no terminal, and cannot be passed on through one\nhint: banger "+verb+" -i, without -t\n")
+		want(t, c.args+": VMs", len(d.vms), 1)
+	}
+}
+
 // TestProgressOnTerminal: one line that is rewritten, cut to the width, and erased.
 func TestProgressOnTerminal(t *testing.T) {
 	person, tty := terminalPair(t)

@@ -6,11 +6,23 @@ import (
 	"os/signal"
 	"syscall"
 
+	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 )
 
 // onTerminal tells whether banger talks with a person: stdin and stdout are terminals.
 func (a *app) onTerminal() bool { return isTerminal(a.stdin) && isTerminal(a.stdout) }
+
+// isNull tells that stdin is /dev/null, as that of a job that nobody watches is.
+func isNull(stdin io.Reader) bool {
+	f, ok := stdin.(*os.File)
+	if !ok {
+		return false
+	}
+	var null, s unix.Stat_t
+	return unix.Stat(os.DevNull, &null) == nil && unix.Fstat(int(f.Fd()), &s) == nil &&
+		s.Mode&unix.S_IFMT == unix.S_IFCHR && s.Rdev == null.Rdev
+}
 
 // terminalSize is the size of the terminal in characters, 80 × 24 without one.
 func (a *app) terminalSize() (cols, rows uint16) {

@@ -12,6 +12,7 @@ import (
 
 	"banger/api"
 	bangerv1 "banger/api/banger/v1"
+	"banger/internal/config"
 )
 
 func (a *app) upCommand() *cobra.Command {
@@ -135,7 +136,12 @@ func (e *entry) update(repository, before string) (string, error) {
 	if err == nil {
 		return prepared.Workspace.GuestPath, nil
 	}
-	if code := codeOf(err); before == "" || code != api.Refused && code != api.NoSpace || e.signals.interrupted() {
+	code := codeOf(err)
+	if full := asError(err); e.created && code == api.NoSpace && strings.HasPrefix(full.Hint, "banger exec ") {
+		// The VM that the hint names is removed again.
+		return "", &api.Error{Code: code, Message: full.Message, Hint: "banger up --disk " + config.FormatSize(2*e.vm.Disk), Err: err}
+	}
+	if before == "" || code != api.Refused && code != api.NoSpace || e.signals.interrupted() {
 		return "", err
 	}
 	// Also with --quiet: what runs now does not see what it should.

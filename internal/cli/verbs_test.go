@@ -45,8 +45,8 @@ func TestRequests(t *testing.T) {
 		{"run --image other --ready agent -i=false -- true", 0, `create {"image":"other","ready":1}` + "\n" + `exec quiet-fox ["true"]`},
 		{"run -d --ready system", 0, `create {"ready":2}`},
 		{"vm run -d", 0, `create {}`},
-		{"run -t -u ann:100 -w /srv -e A=1 -e B= -e C -e UNSET -- make", 0,
-			`create {}` + "\n" + `exec quiet-fox ["make"] dir=/srv user=ann:100 env=TERM=xterm A=1 B= C=from-here tty 80x24 stdin`},
+		{"run -t -i=false -u ann:100 -w /srv -e A=1 -e B= -e C -e UNSET -- make", 0,
+			`create {}` + "\n" + `exec quiet-fox ["make"] dir=/srv user=ann:100 env=TERM=xterm A=1 B= C=from-here tty 80x24`},
 		{"create --no-start --name box", 0, `create {"name":"box","no_start":true}`},
 		{"create some-image", 0, `create {"image":"some-image"}`},
 		{"exec shop ls -l --rm -d", 0, `exec shop ["ls" "-l" "--rm" "-d"]`},
@@ -111,7 +111,7 @@ func TestUsage(t *testing.T) {
 		{"run --include-untracked -- true", 125, "--include-untracked needs a repository"},
 		{"up --nope", 125, "unknown flag: --nope\nhint: banger up --help"},
 		{"up /does/not/exist -- true", 125, "there is no /does/not/exist"},
-		{"run --name Bad_Name -- true", 125, `use lower-case letters`},
+		{"run --name Bad_Name -- true", 125, `banger: --name: "Bad_Name" is no name: use lower-case letters`},
 		{"run --memory 512 -- true", 125, `lacks a unit`},
 		{"run --cpus 0 -- true", 125, "from 1 to"},
 		{"run --cpus 2x -- true", 125, `"2x" is no number`},
@@ -267,7 +267,7 @@ func TestChangedJSON(t *testing.T) {
 func TestSuggestions(t *testing.T) {
 	d := newFake(t)
 	for name, hint := range map[string]string{
-		"foo": "--help", "strat": "start", "xec": "exec", "creat": "create", "zz": "--help", "image pul": "image pull",
+		"foo": "--help", "strat": "start", "xec": "exec", "creat": "create", "zz": "--help", "cp": "--help", "image pul": "image pull",
 	} {
 		r := d.run(strings.Fields(name)...)
 		want(t, name, r.code, 2)

@@ -10,7 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
-	"sync/atomic"
+	"syscall"
 	"time"
 
 	"connectrpc.com/connect"
@@ -46,11 +46,15 @@ type Daemon struct {
 
 	listener net.Listener
 	server   *http.Server
-	// streams counts attached exec streams.
-	streams  atomic.Int64
 	stopOnce sync.Once
 	stopping chan struct{} // closed by the Shutdown call
 	closers  []func() error
+
+	// entry makes one step of the question whether the daemon is idle and of its end:
+	// whoever comes after it is told to ask the next daemon. ops has a lock below it.
+	entry   sync.Mutex
+	ending  bool
+	streams int // attached: exec, export, and leases
 }
 
 // methods is the one list of what the API can do. A test holds it against the
@@ -92,6 +96,9 @@ func Open(ctx context.Context, opts ...Option) (d *Daemon, err error) {
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, d.close())
+			if errors.Is(err, syscall.ENOSPC) && api.HintOf(err) == "" {
+				err = api.Errorf(api.NoSpace, "%w", err).WithHint("df -h %s", d.layout.Root)
+			}
 			d = nil
 		}
 	}()
@@ -135,9 +142,14 @@ func Open(ctx context.Context, opts ...Option) (d *Daemon, err error) {
 	return d, err
 }
 
-// prune deletes images that were replaced and that no VM uses any more.
+// prune deletes images that were replaced and that no VM uses any more. None goes while
+// there are disks of which nobody knows what image they need.
 func (d *Daemon) prune(ctx context.Context) {
-	if err := d.images.Prune(ctx); err != nil {
+	stray, err := d.vms.StrayDisks(ctx)
+	if err == nil && !stray {
+		err = d.images.Prune(ctx)
+	}
+	if err != nil {
 		d.log.Warn("cannot delete replaced images", "err", err)
 	}
 }
@@ -256,6 +268,7 @@ func (d *Daemon) close() error {
 		d.vms.SuspendLeases()
 	}
 	if d.ops != nil {
+		d.end(false)
 		ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 		defer cancel()
 		errs = append(errs, d.ops.Close(ctx))

@@ -6,10 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -17,6 +19,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"google.golang.org/protobuf/proto"
 
 	"banger/api"
 	bangerv1 "banger/api/banger/v1"
@@ -25,6 +28,7 @@ import (
 	"banger/internal/daemon/driver/fake"
 	"banger/internal/daemon/image/imagetest"
 	"banger/internal/daemon/locks"
+	"banger/internal/daemon/opstate"
 )
 
 // TestMethods pins the one list of methods to the contract.
@@ -241,6 +245,19 @@ func TestOpenUndoes(t *testing.T) {
 	openAt(t, layout)
 }
 
+// TestOneRelease: the programs of an earlier release go, ours stay.
+func TestOneRelease(t *testing.T) {
+	layout := config.Layout{Root: filepath.Join(t.TempDir(), "state")}
+	if err := os.MkdirAll(filepath.Join(layout.Program("earlier"), "banger-shim"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	openAt(t, layout)
+	left, err := filepath.Glob(filepath.Join(layout.Programs(), "*", "banger-shim"))
+	if err != nil || len(left) != 1 || strings.Contains(left[0], "earlier") {
+		t.Errorf("there are %v, %v", left, err)
+	}
+}
+
 // TestShutdown: an idle daemon ends when it is asked, a busy one only by force.
 func TestShutdown(t *testing.T) {
 	stall := make(chan struct{})
@@ -256,7 +273,7 @@ func TestShutdown(t *testing.T) {
 	}
 	close(stall)
 	deadline := time.Now().Add(time.Minute)
-	for d.busy() > 0 && time.Now().Before(deadline) {
+	for n, err := d.busy(); n > 0 && err == nil && time.Now().Before(deadline); n, err = d.busy() {
 		time.Sleep(time.Millisecond)
 	}
 	if code, body := post(t, c, bangerv1connect.MachineShutdownProcedure, `{"ifIdle":true}`); code != http.StatusOK {
@@ -267,4 +284,75 @@ func TestShutdown(t *testing.T) {
 	default:
 		t.Error("it does not stop")
 	}
+}
+
+// TestNothingBeginsAfterTheEnd: an idle daemon that was asked to end refuses what comes
+// in the meantime, and says that the next one can be asked.
+func TestNothingBeginsAfterTheEnd(t *testing.T) {
+	d, layout := open(t)
+	c := httpClient(layout)
+	if n := d.end(true); n != 0 {
+		t.Fatalf("busy with %d", n)
+	}
+	for _, call := range []struct{ path, body string }{
+		{bangerv1connect.ImagesPullProcedure, `{"name":"debian-bookworm"}`},
+		{bangerv1connect.MachineStatusProcedure, `{}`},
+	} {
+		code, body := post(t, c, call.path, call.body)
+		if code != http.StatusServiceUnavailable || !strings.Contains(body, "the daemon is shutting down") {
+			t.Errorf("%s: %d %s", call.path, code, body)
+		}
+	}
+	if _, err := d.attach(); api.CodeOf(err) != api.Stopping {
+		t.Errorf("a stream: %v", err)
+	}
+	if ops := d.ops.List(); len(ops) != 0 {
+		t.Errorf("%d operations began", len(ops))
+	}
+}
+
+// TestEndOrWork: of an idle daemon's end and a piece of work that come at the same time
+// one wins, and the other is told.
+func TestEndOrWork(t *testing.T) {
+	const workers = 8
+	for range 500 {
+		d := &Daemon{ops: opstate.NewRegistry[proto.Message](t.Context(), 1, time.Hour), log: slog.New(slog.DiscardHandler)}
+		release, start := make(chan struct{}), make(chan struct{})
+		refused := make(chan error, workers)
+		for i := range workers {
+			go func() {
+				<-start
+				var err error
+				if i%2 == 0 {
+					_, err = d.begin("pull", "x", func(context.Context, *operation) (proto.Message, error) { <-release; return nil, nil })
+				} else {
+					_, err = d.attach()
+				}
+				refused <- err
+			}()
+		}
+		close(start)
+		runtime.Gosched()
+		busy, began := d.end(true), 0
+		for range workers {
+			if <-refused == nil {
+				began++
+			}
+		}
+		close(release)
+		if began > 0 != (busy > 0) {
+			t.Fatalf("busy with %d when it was to end, and then %d began", busy, began)
+		}
+	}
+}
+
+// TestNothingBeginsAfterClose: a daemon that was told by a signal refuses in the same way.
+func TestNothingBeginsAfterClose(t *testing.T) {
+	var d *Daemon
+	t.Cleanup(func() { // after that of open, which closes it
+		if _, err := d.attach(); api.CodeOf(err) != api.Stopping {
+			t.Errorf("a stream: %v", err)
+		}
+	})
+	d, _ = open(t)
 }

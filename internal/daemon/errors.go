@@ -52,7 +52,7 @@ func connectCode(code api.Code) connect.Code {
 		return connect.CodeAlreadyExists
 	case api.Busy, api.Refused:
 		return connect.CodeFailedPrecondition
-	case api.NotReady:
+	case api.NotReady, api.Stopping:
 		return connect.CodeUnavailable
 	case api.NoSpace:
 		return connect.CodeResourceExhausted

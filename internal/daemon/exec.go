@@ -37,13 +37,17 @@ func (d *Daemon) serveExec(w http.ResponseWriter, r *http.Request) {
 		writeError(w, status, err)
 		return
 	}
+	detach, err := d.attach()
+	if err != nil {
+		writeError(w, http.StatusServiceUnavailable, err)
+		return
+	}
+	defer detach()
 	client, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		writeError(w, http.StatusInternalServerError, err)
 		return
 	}
-	d.streams.Add(1)
-	defer d.streams.Add(-1)
 	stream := wire.NewStream(bufferedConn{client, buffered.Reader})
 	defer stream.Close()
 	fmt.Fprintf(buffered, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\n", execProtocol)

@@ -8,6 +8,7 @@ import (
 	"banger/internal/config"
 	"banger/internal/daemon/check"
 	"banger/internal/daemon/driver"
+	"banger/internal/daemon/hostcmd"
 	"banger/internal/daemon/imagemgr"
 	"banger/internal/daemon/qemuproc"
 	"banger/internal/daemon/rootdisk"
@@ -19,12 +20,12 @@ func (d *Daemon) wireHost(ctx context.Context, o options) (driver.Host, driver.A
 		ability, err := o.host.VMM.Probe(ctx)
 		return *o.host, ability, err
 	}
-	vmm := qemuproc.New(qemuKVM(d.config.KVM))
+	vmm := qemuproc.New(d.config.KVM)
 	ability, err := vmm.Probe(ctx)
 	if err != nil {
-		return driver.Host{}, ability, api.Errorf(api.NotReady, "%w", err).WithHint("sudo apt-get install qemu-system-x86")
+		return driver.Host{}, ability, api.Errorf(api.NotReady, "%w", err).WithHint("%s", qemuproc.Remedy())
 	}
-	choice, err := rootdisk.Probe(ctx, d.layout.Root, rootdisk.Auto)
+	choice, err := rootdisk.Probe(ctx, d.layout.Root)
 	if err != nil {
 		return driver.Host{}, ability, err
 	}
@@ -35,13 +36,6 @@ func (d *Daemon) wireHost(ctx context.Context, o options) (driver.Host, driver.A
 		VMM: vmm, Disk: choice.Disk,
 		OtherDisks: []driver.Disk{rootdisk.NewReflink(), rootdisk.NewQCOW2(), rootdisk.NewCopy()},
 	}, ability, nil
-}
-
-func qemuKVM(k config.KVM) qemuproc.KVM {
-	if k == config.KVMOff {
-		return qemuproc.KVMOff
-	}
-	return qemuproc.KVMAuto
 }
 
 // Doctor looks at this machine without a daemon: it works when none can start.
@@ -71,9 +65,19 @@ func hostChecks(o options) []check.Check {
 			return check.Found(check.OK, "new VMs get %d cpus, %s of memory, image %s", c.CPUs, config.FormatSize(c.Memory), c.Image)
 		},
 	}}
-	checks = append(checks, qemuproc.Checks(qemuKVM(c.KVM))...)
+	checks = append(checks, qemuproc.Checks(c.KVM)...)
+	checks = append(checks, check.Check{
+		Name: "git", Purpose: "repositories in VMs: up, diff, apply",
+		Probe: func(context.Context) check.Finding {
+			path, err := hostcmd.LookPath("git")
+			if err != nil {
+				return check.Found(check.Fail, "%v", err).WithFix("%s", hostcmd.Install("git"))
+			}
+			return check.Found(check.OK, "%s", path)
+		},
+	})
 	if layout != nil {
-		checks = append(checks, rootdisk.Checks(layout.Root, rootdisk.Auto)...)
+		checks = append(checks, rootdisk.Checks(layout.Root)...)
 		checks = append(checks, imagemgr.Checks(layout.Root)...)
 	}
 	return checks

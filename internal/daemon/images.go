@@ -32,14 +32,13 @@ func (s imageService) Pull(ctx context.Context, req *bangerv1.PullImageRequest) 
 		return nil, err
 	}
 	name := cmp.Or(req.Name, c.Image)
-	op := s.d.begin("pull", name, func(ctx context.Context, op *operation) (proto.Message, error) {
+	return s.d.begin("pull", name, func(ctx context.Context, op *operation) (proto.Message, error) {
 		img, err := s.d.images.Pull(ctx, name, req.Force, op)
 		if err != nil {
 			return nil, err
 		}
 		return imageMessage(img, image.Listed{}), nil
 	})
-	return operationMessage(op), nil
 }
 
 func imageMessage(i store.Image, l image.Listed) *bangerv1.Image {
@@ -73,14 +72,13 @@ func (s kernelService) Pull(ctx context.Context, req *bangerv1.PullKernelRequest
 		return nil, err
 	}
 	name := cmp.Or(req.Name, c.Kernel)
-	op := s.d.begin("pull", name, func(ctx context.Context, op *operation) (proto.Message, error) {
+	return s.d.begin("pull", name, func(ctx context.Context, op *operation) (proto.Message, error) {
 		k, err := s.d.images.PullKernel(ctx, name, req.Force, op)
 		if err != nil {
 			return nil, err
 		}
 		return kernelMessage(k, image.Listed{}), nil
 	})
-	return operationMessage(op), nil
 }
 
 func kernelMessage(k store.Kernel, l image.Listed) *bangerv1.Kernel {

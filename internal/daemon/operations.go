@@ -25,8 +25,14 @@ const (
 )
 
 // begin runs fn as an operation. What fails by a defect of banger goes to the log.
-func (d *Daemon) begin(kind, target string, fn func(ctx context.Context, op *operation) (proto.Message, error)) *operation {
+func (d *Daemon) begin(kind, target string, fn func(ctx context.Context, op *operation) (proto.Message, error)) (*bangerv1.Operation, error) {
+	d.entry.Lock()
+	if d.ending {
+		d.entry.Unlock()
+		return nil, errStopping
+	}
 	op := d.ops.Begin(kind, target, fn)
+	d.entry.Unlock()
 	go func() {
 		<-op.Done()
 		err := op.Snapshot().Err
@@ -40,7 +46,7 @@ func (d *Daemon) begin(kind, target string, fn func(ctx context.Context, op *ope
 		}
 		d.log.Error("an operation failed", "kind", kind, "target", target, "err", err)
 	}()
-	return op
+	return operationMessage(op), nil
 }
 
 type operationService struct{ d *Daemon }

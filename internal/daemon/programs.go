@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"sync"
+	"syscall"
 
 	"banger/api"
 	"banger/internal/config"
@@ -14,46 +16,82 @@ import (
 )
 
 // unpackPrograms writes the embedded programs into the state directory, by the hash
-// of what they are: a new release never replaces a file that runs.
+// of what they are: a new release never replaces a file that runs. On a full disk the
+// next start of a VM tries again: stop and remove need none of them, and make room.
 func unpackPrograms(l config.Layout, programs fs.FS) (vm.Programs, error) {
-	var p vm.Programs
 	hash := sha256.New()
 	names := []string{"banger-shim", "banger-guest"}
-	contents := make([][]byte, len(names))
-	for i, name := range names {
-		var err error
-		if programs == nil {
-			err = fs.ErrNotExist
-		} else {
-			contents[i], err = fs.ReadFile(programs, name)
+	for _, name := range names {
+		content, err := []byte(nil), fs.ErrNotExist
+		if programs != nil {
+			content, err = fs.ReadFile(programs, name)
 		}
 		if errors.Is(err, fs.ErrNotExist) {
-			return p, api.Errorf(api.NotReady, "this bangerd was built without %s", name).WithHint("make build")
+			return vm.Programs{}, api.Errorf(api.NotReady, "this bangerd was built without %s", name).WithHint("make build")
 		}
 		if err != nil {
-			return p, err
+			return vm.Programs{}, err
 		}
-		hash.Write(contents[i])
+		hash.Write(content)
 	}
 	dir := l.Program(hex.EncodeToString(hash.Sum(nil))[:16])
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return p, err
+	var mu sync.Mutex // a leaf
+	unpack := func() error {
+		mu.Lock()
+		defer mu.Unlock()
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return err
+		}
+		if err := removeOthers(dir); err != nil { // first: it makes room
+			return err
+		}
+		for _, name := range names {
+			if err := installProgram(filepath.Join(dir, name), programs, name); err != nil {
+				return err
+			}
+		}
+		return nil
 	}
-	for i, name := range names {
-		if err := installProgram(filepath.Join(dir, name), contents[i]); err != nil {
-			return p, err
+	err := unpack()
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		err = nil
+	}
+	return vm.Programs{Shim: filepath.Join(dir, names[0]), Guest: filepath.Join(dir, names[1]), Unpack: unpack}, err
+}
+
+// removeOthers removes the programs of other releases. A shim that runs needs its file
+// no more.
+func removeOthers(dir string) error {
+	all, err := os.ReadDir(filepath.Dir(dir))
+	if err != nil {
+		return err
+	}
+	for _, e := range all {
+		if e.Name() != filepath.Base(dir) {
+			if err := os.RemoveAll(filepath.Join(filepath.Dir(dir), e.Name())); err != nil {
+				return err
+			}
 		}
 	}
-	return vm.Programs{Shim: filepath.Join(dir, names[0]), Guest: filepath.Join(dir, names[1])}, nil
+	return nil
 }
 
 // installProgram writes an executable at once: it is whole or it is not there.
-func installProgram(path string, content []byte) error {
-	if info, err := os.Stat(path); err == nil && info.Size() == int64(len(content)) {
+func installProgram(path string, programs fs.FS, name string) error {
+	want, err := fs.Stat(programs, name)
+	if err != nil {
+		return err
+	}
+	if info, err := os.Stat(path); err == nil && info.Size() == want.Size() {
 		return nil
+	}
+	content, err := fs.ReadFile(programs, name)
+	if err != nil {
+		return err
 	}
 	temp := path + ".new"
 	if err := os.WriteFile(temp, content, 0o755); err != nil {
+		os.Remove(temp)
 		return err
 	}
 	return os.Rename(temp, path)

@@ -59,7 +59,7 @@ func (s vmService) Create(ctx context.Context, req *bangerv1.CreateVMRequest) (*
 		}
 	}
 	target := cmp.Or(r.Name, r.NameHint)
-	op := s.d.begin("create", target, func(ctx context.Context, op *operation) (proto.Message, error) {
+	return s.d.begin("create", target, func(ctx context.Context, op *operation) (proto.Message, error) {
 		r.Reserved = func(rec store.VM) { op.Announce(rec.Name, vmMessage(vm.View{VM: rec, Image: r.Image})) }
 		rec, err := s.d.vms.Create(ctx, r, op)
 		if err != nil {
@@ -67,7 +67,6 @@ func (s vmService) Create(ctx context.Context, req *bangerv1.CreateVMRequest) (*
 		}
 		return s.shown(ctx, rec.ID)
 	})
-	return operationMessage(op), nil
 }
 
 // createRequest fills in what the caller left to the defaults, as config.toml has them now.
@@ -148,7 +147,7 @@ func (s vmService) begin(ctx context.Context, ref string, prefix bool, verb opst
 			return operationMessage(op), nil
 		}
 	}
-	op := s.d.begin(string(verb), rec.Name, func(ctx context.Context, op *operation) (proto.Message, error) {
+	return s.d.begin(string(verb), rec.Name, func(ctx context.Context, op *operation) (proto.Message, error) {
 		if err := work(ctx, rec.ID, op); err != nil || verb == opstate.VerbDelete {
 			return nil, err
 		}
@@ -158,7 +157,6 @@ func (s vmService) begin(ctx context.Context, ref string, prefix bool, verb opst
 		}
 		return shown, err
 	})
-	return operationMessage(op), nil
 }
 
 func (s vmService) shown(ctx context.Context, id string) (proto.Message, error) {
@@ -174,8 +172,11 @@ func (s vmService) Hold(ctx context.Context, req *bangerv1.HoldVMRequest, stream
 	if err != nil {
 		return err
 	}
-	s.d.streams.Add(1)
-	defer s.d.streams.Add(-1)
+	detach, err := s.d.attach()
+	if err != nil {
+		return err
+	}
+	defer detach()
 	return s.d.vms.Hold(ctx, rec.ID, func() error { return stream.Send(&bangerv1.HoldVMEvent{}) })
 }
 

@@ -36,7 +36,7 @@ func (s workspaceService) Prepare(ctx context.Context, req *bangerv1.PrepareWork
 	if err != nil {
 		return nil, err
 	}
-	op := s.d.begin("prepare", rec.Name, func(ctx context.Context, op *operation) (proto.Message, error) {
+	return s.d.begin("prepare", rec.Name, func(ctx context.Context, op *operation) (proto.Message, error) {
 		p, err := s.d.workspaces.Prepare(ctx, rec.ID, req.Repository, req.IncludeUntracked, op)
 		if err != nil {
 			return nil, err
@@ -46,7 +46,6 @@ func (s workspaceService) Prepare(ctx context.Context, req *bangerv1.PrepareWork
 			SkippedUntracked: int32(p.SkippedUntracked), Updated: int32(p.Updated), Kept: p.Kept, Notes: p.Notes,
 		}, nil
 	})
-	return operationMessage(op), nil
 }
 
 func (s workspaceService) Export(ctx context.Context, req *bangerv1.ExportWorkspaceRequest, stream *connect.ServerStream[bangerv1.ExportChunk]) error {
@@ -54,8 +53,11 @@ func (s workspaceService) Export(ctx context.Context, req *bangerv1.ExportWorksp
 	if err != nil {
 		return err
 	}
-	s.d.streams.Add(1)
-	defer s.d.streams.Add(-1)
+	detach, err := s.d.attach()
+	if err != nil {
+		return err
+	}
+	defer detach()
 	return s.d.workspaces.Export(ctx, rec.ID, workspace.ExportOptions{FromHead: req.FromHead}, func(m workspace.Meta) (io.Writer, error) {
 		meta := &bangerv1.ExportMeta{HostPath: m.HostPath, Head: m.Head, Files: int32(m.Files), Notes: m.Notes}
 		return chunkWriter{stream}, stream.Send(&bangerv1.ExportChunk{Meta: meta})

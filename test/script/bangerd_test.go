@@ -73,19 +73,12 @@ func waitWhileHeld(state string) func(context.Context, string, string, opstate.P
 func buildPrograms(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
-	for name, pkg := range map[string]string{"banger-shim": "banger/cmd/banger-shim", "fakevmm" + realVMM: "banger/test/fakevmm"} {
+	for name, pkg := range map[string]string{"banger-shim": "banger/cmd/banger-shim", "fakevmm": "banger/test/fakevmm/ownroot", "fakevmm.real": "banger/test/fakevmm"} {
 		cmd := exec.Command("go", "build", "-o", filepath.Join(dir, name), pkg)
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Fatalf("cannot build %s: %v\n%s", pkg, err, out)
 		}
-	}
-	wrapper, err := exec.LookPath("fakevmm")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink(wrapper, filepath.Join(dir, "fakevmm")); err != nil {
-		t.Fatal(err)
 	}
 	// No guest boots here; the initramfs is made of it all the same.
 	if err := os.WriteFile(filepath.Join(dir, "banger-guest"), []byte("#!/bin/false\n"), 0o755); err != nil {

@@ -27,7 +27,6 @@ func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){
 		"banger":  func() { os.Exit(cli.Main(os.Args[1:], os.Stdin, os.Stdout, os.Stderr, os.Environ())) },
 		"bangerd": func() { os.Exit(bangerd()) },
-		"fakevmm": func() { os.Exit(isolatedVMM()) },
 	})
 }
 

@@ -45,7 +45,6 @@ type VMM interface {
 
 // Ability is what a VMM can do on this host.
 type Ability struct {
-	Version     string // of the VMM, "7.2.22"
 	Accelerator string // "kvm" or "tcg"
 	Reason      string // why it is not kvm, in words
 }

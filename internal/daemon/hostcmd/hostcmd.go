@@ -31,6 +31,8 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -60,8 +62,6 @@ type Command struct {
 	// Stderr gets a copy of standard error as it comes, nil for none. Its errors are
 	// ignored.
 	Stderr io.Writer
-	// ExtraFiles become descriptors 3 and up. One more, after them, is ours.
-	ExtraFiles []*os.File
 }
 
 // Error is a command that failed. Its text is like
@@ -74,7 +74,7 @@ type Error struct {
 	ExitCode int
 	// Stderr is the end of its standard error, at most MaxStderr bytes, as it came.
 	Stderr string
-	// Err is the cause: ctx's error when ctx ended the command, exec.ErrNotFound
+	// Err is the cause: ctx's error when ctx ended the command, a *NotInstalledError
 	// when there is no such program, else an *exec.ExitError or an errno.
 	Err error
 }
@@ -150,11 +150,16 @@ func searchPath() string {
 	return strings.Join(dirs, ":")
 }
 
-// LookPath finds a program where Run looks for it. The error wraps
-// exec.ErrNotFound.
+// LookPath finds a program where Run looks for it. The error of a name is a
+// *NotInstalledError.
 func LookPath(name string) (string, error) {
 	if strings.Contains(name, "/") {
-		return exec.LookPath(name)
+		path, err := exec.LookPath(name)
+		var cause unix.Errno
+		if errors.As(err, &cause) {
+			return "", fmt.Errorf("cannot execute %s: %w", name, cause)
+		}
+		return path, err
 	}
 	for _, dir := range filepath.SplitList(searchPath()) {
 		path, err := exec.LookPath(filepath.Join(dir, name))
@@ -162,7 +167,7 @@ func LookPath(name string) (string, error) {
 			return path, nil
 		}
 	}
-	return "", &exec.Error{Name: name, Err: exec.ErrNotFound}
+	return "", &NotInstalledError{Program: name}
 }
 
 // title is the program and, where the second word is one, its subcommand.

@@ -81,10 +81,6 @@ func (p *Process) Wait() error {
 
 func start(parent context.Context, c Command, piped bool) (*Process, error) {
 	fail := func(err error) (*Process, error) {
-		var missing *exec.Error
-		if errors.As(err, &missing) {
-			err = fmt.Errorf("cannot find the program: %w", missing.Err)
-		}
 		return nil, &Error{Argv: c.Argv, ExitCode: -1, Err: err}
 	}
 	if len(c.Argv) == 0 {
@@ -141,7 +137,7 @@ func (e *ends) close() {
 	}
 }
 
-// streams makes the pipes: 0, 1, 2, the extra files, and last the leash.
+// streams makes the pipes: 0, 1, 2, and last the leash.
 func (p *Process) streams(c Command, piped bool) (childs ends, err error) {
 	if err := p.stdin(c, piped, &childs); err != nil {
 		return childs, err
@@ -159,9 +155,6 @@ func (p *Process) streams(c Command, piped bool) (childs ends, err error) {
 		into = &tee{first: p.stderr, second: c.Stderr}
 	}
 	p.drains = append(p.drains, newDrain(r, into))
-	for _, file := range c.ExtraFiles {
-		childs.add(file, false)
-	}
 	var leash [2]int
 	if err := unix.Pipe2(leash[:], unix.O_CLOEXEC); err != nil {
 		return childs, err

@@ -113,8 +113,23 @@ func (m *Manager) Ensure(ctx context.Context, name string, p opstate.Progress) (
 	return m.Pull(ctx, name, false, p)
 }
 
+// WithKernel calls fn while no pull replaces the kernel: its row and its files belong
+// together. fn must be short.
+func (m *Manager) WithKernel(ctx context.Context, name string, fn func(store.Kernel) error) error {
+	m.opsMu.Lock()
+	defer m.opsMu.Unlock()
+	kernel, err := m.store.Kernel(ctx, name)
+	if err != nil {
+		return err
+	}
+	return fn(kernel)
+}
+
 // EnsureKernel is Ensure for kernels.
 func (m *Manager) EnsureKernel(ctx context.Context, name string, p opstate.Progress) (store.Kernel, error) {
+	if name == "" {
+		return store.Kernel{}, api.Errorf(api.Refused, "the image has no kernel").WithHint("banger kernel ls")
+	}
 	k, here, err := m.kernelHere(ctx, name)
 	if err != nil || here {
 		return k, err
@@ -216,7 +231,6 @@ func exists(path string) (bool, error) {
 type Listed struct {
 	InUse     int  // VMs made from it
 	Available bool // it can be pulled and is not here
-	Outdated  bool // a pull would make it anew
 }
 
 // ListedImage is one line of List. Of one that is not here, only Name, Kernel,
@@ -248,8 +262,7 @@ func (m *Manager) List(ctx context.Context) ([]ListedImage, error) {
 	here := make(map[string]bool)
 	for _, img := range rows {
 		here[img.Name] = true
-		r, known := imageRecipe(img.Name)
-		list = append(list, ListedImage{img, Listed{InUse: uses[img.ID], Outdated: known && r.Hash() != img.Recipe}})
+		list = append(list, ListedImage{img, Listed{InUse: uses[img.ID]}})
 	}
 	for _, r := range imagemgr.Images() {
 		if !here[r.Name] {
@@ -274,8 +287,7 @@ func (m *Manager) ListKernels(ctx context.Context) ([]ListedKernel, error) {
 	here := make(map[string]bool)
 	for _, k := range rows {
 		here[k.Name] = true
-		r, known := kernelRecipe(k.Name)
-		list = append(list, ListedKernel{k, Listed{InUse: uses[k.Name], Outdated: known && r.Hash() != k.Recipe}})
+		list = append(list, ListedKernel{k, Listed{InUse: uses[k.Name]}})
 	}
 	for _, r := range imagemgr.Kernels() {
 		if !here[r.Name] {

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"banger/api"
+	"banger/internal/daemon/hostcmd"
 	"banger/internal/daemon/imagemgr"
 	"banger/internal/daemon/opstate"
 	"banger/internal/daemon/store"
@@ -323,7 +324,7 @@ func (m *Manager) explain(ctx context.Context, kind, name string, err error) err
 	case errors.Is(err, imagemgr.ErrNetwork):
 		return fail(api.NotReady, fmt.Sprintf("banger %s pull %s", kind, name))
 	case errors.Is(err, imagemgr.ErrSignature):
-		return fail(api.NotReady, "sudo apt-get install debian-archive-keyring")
+		return fail(api.NotReady, hostcmd.Install("debian-archive-keyring"))
 	case errors.Is(err, errors.ErrUnsupported):
 		return fail(api.NotReady, "banger doctor")
 	}

@@ -3,7 +3,6 @@ package imagemgr
 import (
 	"errors"
 	"fmt"
-	"os"
 	"os/exec"
 	"strings"
 	"syscall"
@@ -33,15 +32,7 @@ func (e *MissingError) Error() string {
 
 // Remedy is one command that helps.
 func (e *MissingError) Remedy() string {
-	return sudo("apt-get install " + strings.Join(e.Packages, " "))
-}
-
-// sudo puts the word before a command for root where it is needed.
-func sudo(command string) string {
-	if os.Geteuid() == 0 {
-		return command
-	}
-	return "sudo " + command
+	return hostcmd.Install(e.Packages...)
 }
 
 // NamespaceError: an ordinary user cannot make a user namespace with other owners
@@ -92,7 +83,7 @@ func explain(err error) error {
 	text := complaint(e.Stderr)
 	switch {
 	case errors.Is(err, exec.ErrNotFound):
-		return &MissingError{What: e.Argv[:1], Packages: []string{packageOf(e.Argv[0])}}
+		return &MissingError{What: e.Argv[:1], Packages: []string{hostcmd.PackageOf(e.Argv[0])}}
 	case outOfSpace(e.Stderr):
 		return fmt.Errorf("%s: %w", program(e.Argv), syscall.ENOSPC)
 	case unsigned(e.Stderr):

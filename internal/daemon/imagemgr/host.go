@@ -18,34 +18,25 @@ import (
 
 // tool is a program of the host that building needs.
 type tool struct {
-	name, pkg string
-	image     bool // needed for images, not for kernels alone
-	user      bool // needed without root only
+	name  string
+	image bool // needed for images, not for kernels alone
+	user  bool // needed without root only
 }
 
 func tools() []tool {
 	return []tool{
-		{name: "apt-get", pkg: "apt"},
-		{name: "apt-cache", pkg: "apt"},
-		{name: "apt-config", pkg: "apt"},
-		{name: "dpkg-deb", pkg: "dpkg"},
-		{name: "depmod", pkg: "kmod"},
-		{name: "mkfs.ext4", pkg: "e2fsprogs"},
-		{name: "e2fsck", pkg: "e2fsprogs"},
-		{name: "unshare", pkg: "util-linux"},
-		{name: "mmdebstrap", pkg: "mmdebstrap", image: true},
-		{name: "tar", pkg: "tar", image: true},
-		{name: "newuidmap", pkg: "uidmap", image: true, user: true},
+		{name: "apt-get"},
+		{name: "apt-cache"},
+		{name: "apt-config"},
+		{name: "dpkg-deb"},
+		{name: "depmod"},
+		{name: "mkfs.ext4"},
+		{name: "e2fsck"},
+		{name: "unshare"},
+		{name: "mmdebstrap", image: true},
+		{name: "tar", image: true},
+		{name: "newuidmap", image: true, user: true},
 	}
-}
-
-func packageOf(name string) string {
-	for _, t := range tools() {
-		if t.name == name {
-			return t.pkg
-		}
-	}
-	return name
 }
 
 // require fails with a *MissingError when the host lacks something.
@@ -62,7 +53,7 @@ func (b *Builder) require(image bool) error {
 			continue
 		}
 		if _, err := hostcmd.LookPath(t.name); err != nil {
-			miss(t.name, t.pkg)
+			miss(t.name, hostcmd.PackageOf(t.name))
 		}
 	}
 	if _, err := os.Stat(b.Keyring); errors.Is(err, fs.ErrNotExist) {

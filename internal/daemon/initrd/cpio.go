@@ -62,7 +62,7 @@ func (a *archive) add(e entry, content io.Reader) {
 		return
 	}
 	if _, a.err = io.CopyN(a, content, e.size); a.err != nil {
-		a.err = fmt.Errorf("cannot read %s: %w", e.name, a.err)
+		a.err = fmt.Errorf("cannot add %s: %w", e.name, a.err)
 		return
 	}
 	a.pad()

@@ -116,7 +116,8 @@ func HostBootID() (string, error) {
 	return strings.TrimSpace(string(data)), nil
 }
 
-// system is what open asks of the kernel.
+// system is what open asks of the kernel. It is kernel outside of tests, which give
+// the pid away between the two questions.
 type system interface {
 	open(pid int) (fd int, err error)
 	startTime(pid int) (uint64, error)

@@ -6,6 +6,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"banger/internal/config"
 )
 
 // kvmFacts is what there is to know of KVM.
@@ -53,8 +55,8 @@ func accelerator(f kvmFacts) (accel, reason string) {
 	return "tcg", reason
 }
 
-func gatherKVM(kvm KVM) kvmFacts {
-	f := kvmFacts{Off: kvm == KVMOff}
+func gatherKVM(kvm config.KVM) kvmFacts {
+	f := kvmFacts{Off: kvm == config.KVMOff}
 	if data, err := os.ReadFile("/proc/cpuinfo"); err == nil {
 		f.Virt = virtFlag(string(data))
 	}

@@ -121,8 +121,8 @@ func kernelArgs(s setup) []string {
 	}
 	return append(args,
 		// The machine has neither HPET nor PM timer, and calibrating against the PIT
-		// fails when the host is busy: the kernel then hangs for ever. See tsc.
-		"tsc_early_khz="+strconv.FormatInt(s.TSC.KHz, 10), "tsc=reliable",
+		// fails when the host is busy: the kernel then hangs for ever. See hostTSC.
+		"tsc_early_khz="+strconv.FormatInt(s.TSC, 10), "tsc=reliable",
 		// Its probe of the timer interrupt fails for the same reason.
 		"no_timer_check",
 	)

@@ -3,14 +3,15 @@ package qemuproc
 import (
 	"context"
 
+	"banger/internal/config"
 	"banger/internal/daemon/check"
 )
 
 // Checks asks for QEMU and for KVM.
-func Checks(kvm KVM) []check.Check {
+func Checks(kvm config.KVM) []check.Check {
 	return []check.Check{
 		{
-			Name: "qemu", Purpose: "runs the guests", Fix: "sudo apt-get install qemu-system-x86",
+			Name: "qemu", Purpose: "runs the guests", Fix: Remedy(),
 			Probe: func(ctx context.Context) check.Finding {
 				s, err := probe(ctx, kvm)
 				if err != nil {

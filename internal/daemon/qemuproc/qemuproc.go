@@ -10,17 +10,18 @@
 package qemuproc
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
 	"sync"
 
+	"banger/internal/config"
 	"banger/internal/daemon/driver"
 	"banger/internal/daemon/hostcmd"
 	"banger/internal/guest/wire"
@@ -36,17 +37,9 @@ const (
 	AgentSocket = "run/agent.sock"
 )
 
-// KVM says whether KVM may be used.
-type KVM string
-
-const (
-	KVMAuto KVM = "auto" // where it works
-	KVMOff  KVM = "off"
-)
-
 // VMM is QEMU.
 type VMM struct {
-	kvm KVM
+	kvm config.KVM
 
 	mu     sync.Mutex
 	probed *setup // nil before Probe
@@ -59,11 +52,11 @@ type setup struct {
 	Accel   string // "kvm" or "tcg"
 	Reason  string // why not kvm
 	Sandbox bool   // this QEMU has seccomp
-	TSC     tsc
+	TSC     int64  // kHz, see hostTSC; 0 with KVM
 }
 
 // New makes the driver. It does no I/O.
-func New(kvm KVM) *VMM { return &VMM{kvm: kvm} }
+func New(kvm config.KVM) *VMM { return &VMM{kvm: kvm} }
 
 // Name is "qemu".
 func (v *VMM) Name() string { return "qemu" }
@@ -78,7 +71,7 @@ func (v *VMM) Probe(ctx context.Context) (driver.Ability, error) {
 	v.mu.Lock()
 	v.probed = &s
 	v.mu.Unlock()
-	return driver.Ability{Version: s.Version, Accelerator: s.Accel, Reason: s.reason()}, nil
+	return driver.Ability{Accelerator: s.Accel, Reason: s.reason()}, nil
 }
 
 func (s setup) reason() string {
@@ -89,7 +82,7 @@ func (s setup) reason() string {
 	return strings.TrimPrefix(s.Reason+"; "+note, "; ")
 }
 
-func probe(ctx context.Context, kvm KVM) (setup, error) {
+func probe(ctx context.Context, kvm config.KVM) (setup, error) {
 	program, err := findProgram()
 	if err != nil {
 		return setup{}, err
@@ -105,7 +98,7 @@ func probe(ctx context.Context, kvm KVM) (setup, error) {
 		}
 	}
 	if s.Version, err = parseVersion(out); err != nil {
-		return setup{}, err
+		return setup{}, fmt.Errorf("%s: %w", program, err)
 	}
 	machines, err := run(ctx, program, "-machine", "help")
 	if err != nil {
@@ -125,18 +118,23 @@ func probe(ctx context.Context, kvm KVM) (setup, error) {
 
 // findProgram returns an absolute path.
 func findProgram() (string, error) {
-	name := os.Getenv(ProgramEnv)
-	if name == "" {
-		name = Program
+	named := os.Getenv(ProgramEnv)
+	path, err := hostcmd.LookPath(cmp.Or(named, Program))
+	switch {
+	case err == nil:
+		return filepath.Abs(path)
+	case named != "":
+		return "", fmt.Errorf("cannot use %s: %w", ProgramEnv, err)
 	}
-	path, err := hostcmd.LookPath(name)
-	if err != nil {
-		if name == Program && errors.Is(err, exec.ErrNotFound) {
-			return "", fmt.Errorf("%s is not installed (package qemu-system-x86): %w", Program, err)
-		}
-		return "", fmt.Errorf("cannot use %s=%s: %w", ProgramEnv, name, err)
+	return "", err
+}
+
+// Remedy is the one command that mends what Probe complains about.
+func Remedy() string {
+	if os.Getenv(ProgramEnv) != "" {
+		return "unset " + ProgramEnv
 	}
-	return filepath.Abs(path)
+	return hostcmd.Install(hostcmd.PackageOf(Program))
 }
 
 func run(ctx context.Context, argv ...string) (string, error) {

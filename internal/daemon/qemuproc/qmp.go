@@ -160,9 +160,15 @@ func (q *qmp) Close() error {
 	return q.conn.Close()
 }
 
+// silentError is a QEMU that says nothing for qmpTimeout.
+type silentError struct{}
+
+func (silentError) Error() string        { return fmt.Sprintf("no answer within %v", qmpTimeout) }
+func (silentError) Is(target error) bool { return target == context.DeadlineExceeded }
+
 // converse connects, greets and lets talk ask.
 func converse(ctx context.Context, dir string, talk func(ctx context.Context, q *qmp) error) error {
-	ctx, cancel := context.WithTimeout(ctx, qmpTimeout)
+	ctx, cancel := context.WithTimeoutCause(ctx, qmpTimeout, silentError{})
 	defer cancel()
 	conn, err := wire.DialUnix(ctx, dir, QMPSocket)
 	if err != nil {

@@ -12,6 +12,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"banger/internal/config"
 )
 
 // serveQMP plays QEMU's end of one conversation: after the greeting it answers the
@@ -148,7 +150,7 @@ func TestBootWaitsForTheGuest(t *testing.T) {
 	}()
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
-	if err := New(KVMAuto).Boot(ctx, dir); err != nil {
+	if err := New(config.KVMAuto).Boot(ctx, dir); err != nil {
 		t.Error(err)
 	}
 	if n := asked.Load(); n != 3 {
@@ -164,7 +166,7 @@ func TestBootOfAStoppedGuestFails(t *testing.T) {
 			serveQMP(t, conn, greeting, done, status("internal-error"))
 		}
 	}()
-	err := New(KVMAuto).Boot(t.Context(), dir)
+	err := New(config.KVMAuto).Boot(t.Context(), dir)
 	if err == nil || !strings.Contains(err.Error(), "internal-error") {
 		t.Errorf("error %v", err)
 	}

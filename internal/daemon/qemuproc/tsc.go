@@ -2,7 +2,6 @@ package qemuproc
 
 import (
 	"errors"
-	"fmt"
 	"math"
 	"os"
 	"strconv"
@@ -10,8 +9,15 @@ import (
 	"time"
 )
 
-// tsc is the rate of the host's time stamp counter. Under TCG a guest's rdtsc reads
-// the host's, so the rate is the guest's too.
+const (
+	// tscAgree is how far apart the two sources may be, relative.
+	tscAgree = 0.005
+	// tscMeasure is how long is measured: an error of 1 µs at both ends is 0.01 %.
+	tscMeasure = 20 * time.Millisecond
+)
+
+// hostTSC is the rate of the host's time stamp counter in kHz. Under TCG a guest's
+// rdtsc reads the host's, so the rate is the guest's too.
 //
 // Two sources: a measurement against the monotonic clock, good to about 0.01 %, and
 // the bogomips of /proc/cpuinfo, which the kernel takes from the rate it knows
@@ -19,37 +25,25 @@ import (
 // taken if the former agrees: bogomips can be something else, under lpj= and on
 // hypervisors that say nothing of the TSC, and a guest given half the rate lives at
 // double speed.
-type tsc struct {
-	KHz    int64
-	Source string // "bogomips" or "measured"
-}
-
-const (
-	// tscAgree is how far apart the two may be, relative.
-	tscAgree = 0.005
-	// tscMeasure is how long is measured: an error of 1 µs at both ends is 0.01 %.
-	tscMeasure = 20 * time.Millisecond
-)
-
-func hostTSC() (tsc, error) {
+func hostTSC() (int64, error) {
 	data, err := os.ReadFile("/proc/cpuinfo")
 	if err != nil {
-		return tsc{}, err
+		return 0, err
 	}
 	return chooseTSC(bogomipsKHz(string(data)), measureTSC(tscMeasure))
 }
 
 // chooseTSC weighs the rates of the two sources in kHz, 0 for one that is not known.
-func chooseTSC(bogomips, measured int64) (tsc, error) {
+func chooseTSC(bogomips, measured int64) (int64, error) {
 	switch {
 	case bogomips > 0 && measured > 0 && math.Abs(float64(bogomips-measured)) > tscAgree*float64(measured):
-		return tsc{measured, "measured"}, nil
+		return measured, nil
 	case bogomips > 0:
-		return tsc{bogomips, "bogomips"}, nil
+		return bogomips, nil
 	case measured > 0:
-		return tsc{measured, "measured"}, nil
+		return measured, nil
 	}
-	return tsc{}, errors.New("cannot find the rate of the CPU's time stamp counter, without which a guest hangs")
+	return 0, errors.New("cannot find the rate of the CPU's time stamp counter, without which a guest hangs")
 }
 
 // bogomipsKHz is 0 when there is no such line.
@@ -103,5 +97,3 @@ func tickAt() (ticks uint64, at time.Time, ok bool) {
 	}
 	return ticks, at, true
 }
-
-func (t tsc) String() string { return fmt.Sprintf("%d kHz (%s)", t.KHz, t.Source) }

@@ -12,10 +12,8 @@ import (
 
 	"banger/internal/daemon/check"
 	"banger/internal/daemon/driver"
+	"banger/internal/daemon/hostcmd"
 )
-
-// Auto leaves the choice to Probe.
-const Auto = "auto"
 
 // Reason says why a driver that would be cheaper was not chosen.
 type Reason struct {
@@ -30,23 +28,9 @@ type Choice struct {
 	Passed []Reason
 }
 
-// Probe chooses how disks are made below dir, which must exist: by want, or, with
-// Auto or "", the cheapest way that works there. It really tries, on files without a
-// name. An error says what a wanted driver lacks.
-func Probe(ctx context.Context, dir, want string) (Choice, error) {
-	if want == "" {
-		want = Auto
-	}
-	if want != Auto {
-		d, err := ByName(want)
-		if err != nil {
-			return Choice{}, err
-		}
-		if err := try(ctx, want, dir); err != nil {
-			return Choice{}, fmt.Errorf("cannot make disks by %s: %w", want, err)
-		}
-		return Choice{Disk: d}, nil
-	}
+// Probe chooses how disks are made below dir, which must exist: the cheapest way that
+// works there. It really tries, on files without a name.
+func Probe(ctx context.Context, dir string) (Choice, error) {
 	var choice Choice
 	var errs []error
 	for _, name := range []string{Reflink, QCOW2, Copy} {
@@ -120,11 +104,11 @@ func nameless(dir string) (*os.File, error) {
 }
 
 // Checks asks which driver works below dir.
-func Checks(dir, want string) []check.Check {
+func Checks(dir string) []check.Check {
 	return []check.Check{{
 		Name: "disks", Purpose: "a root disk for each VM, from its image",
 		Probe: func(ctx context.Context) check.Finding {
-			choice, err := Probe(ctx, existing(dir), want)
+			choice, err := Probe(ctx, existing(dir))
 			if err != nil {
 				return check.Found(check.Fail, "%v", err)
 			}
@@ -136,9 +120,9 @@ func Checks(dir, want string) []check.Check {
 			if len(passed) > 0 {
 				text += " (" + strings.Join(passed, "; ") + ")"
 			}
-			if choice.Disk.Name() == Copy && want != Copy {
+			if choice.Disk.Name() == Copy {
 				return check.Found(check.Warn, "%s: each VM takes the full space of its image", text).
-					WithFix("sudo apt-get install qemu-utils")
+					WithFix("%s", hostcmd.Install(hostcmd.PackageOf(Program)))
 			}
 			return check.Found(check.OK, "%s", text)
 		},

@@ -25,11 +25,11 @@ const (
 func findQemuImg() (string, error) {
 	name := os.Getenv(ProgramEnv)
 	if name == "" {
-		name = Program
+		return hostcmd.LookPath(Program)
 	}
 	path, err := hostcmd.LookPath(name)
 	if err != nil {
-		return "", fmt.Errorf("%s is not installed (package qemu-utils): %w", name, err)
+		return "", fmt.Errorf("cannot use %s: %w", ProgramEnv, err)
 	}
 	return path, nil
 }

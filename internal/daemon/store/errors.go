@@ -11,11 +11,9 @@ import (
 	sqlite3 "modernc.org/sqlite/lib"
 )
 
-// What the errors of this package are, for errors.Is. ExistsError and ConflictError
-// say more.
+// What the errors of this package are, for errors.Is. A ConflictError says more.
 var (
 	ErrNotFound = errors.New("not found")
-	ErrExists   = errors.New("already exists")            // always an *ExistsError
 	ErrConflict = errors.New("in another state")          // always a *ConflictError
 	ErrInUse    = errors.New("in use")                    // a VM was made from it
 	ErrNewer    = errors.New("written by a newer banger") // of Open
@@ -28,8 +26,7 @@ type ExistsError struct {
 	What string // "name", "slot", "repository" or "id"
 }
 
-func (e *ExistsError) Error() string        { return "the " + e.What + " is taken" }
-func (e *ExistsError) Is(target error) bool { return target == ErrExists }
+func (e *ExistsError) Error() string { return "the " + e.What + " is taken" }
 
 // ConflictError is a Transition of a VM that is in none of the states expected.
 type ConflictError struct {

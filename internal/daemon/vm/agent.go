@@ -22,14 +22,15 @@ var (
 	errEnded    = errors.New("the virtual machine ended while it was starting")
 )
 
-// Dial opens a stream to the agent of a running VM. No ranked lock but workspaceLocks may be held.
+// Dial opens a stream to the agent of a running VM, in the time that an agent has to
+// answer at boot. No ranked lock but workspaceLocks may be held.
 func (m *Manager) Dial(ctx context.Context, id string) (net.Conn, error) {
 	m.checker.AssertGuestIO("guest I/O")
 	e, ok := m.cache.get(id)
 	if !ok || e.channel == nil {
-		v, err := m.store.VM(ctx, id)
+		v, err := m.record(ctx, id)
 		if err != nil {
-			return nil, notFound(id)
+			return nil, err
 		}
 		if e.lost != "" {
 			return nil, api.Errorf(api.Refused, "cannot reach the guest of %s: %s", v.Name, e.lost).
@@ -37,16 +38,23 @@ func (m *Manager) Dial(ctx context.Context, id string) (net.Conn, error) {
 		}
 		return nil, api.Errorf(api.Refused, "%s is not running", v.Name).WithHint("banger start %s", v.Name)
 	}
-	return e.channel.Dial(ctx)
+	dial, cancel := context.WithTimeout(ctx, m.agentTimeout)
+	defer cancel()
+	conn, err := e.channel.Dial(dial)
+	if err != nil && ctx.Err() == nil && dial.Err() != nil {
+		return nil, api.Errorf(api.Unresponsive, "the guest did not answer within %s: %w", m.agentTimeout, err).
+			WithHint("banger show %s", id)
+	}
+	return conn, err
 }
 
 // Running returns the record of a VM that runs, or an error in words.
 func (m *Manager) Running(ctx context.Context, id string) (store.VM, error) {
 	unlock := m.vmLocks.Lock(id)
 	defer unlock()
-	v, err := m.store.VM(ctx, id)
+	v, err := m.record(ctx, id)
 	if err != nil {
-		return v, notFound(id)
+		return v, err
 	}
 	if v.State != store.Running {
 		return v, api.Errorf(api.Refused, "%s is %s", v.Name, v.State).WithHint("banger start %s", v.Name)
@@ -60,7 +68,7 @@ func (m *Manager) hello(ctx context.Context, v *machine) error {
 	nonce := make([]byte, 16)
 	rand.Read(nonce)
 	var hello wire.Hello
-	err := call(ctx, v.channel, wire.Request{Op: wire.OpHello, Nonce: hex.EncodeToString(nonce)}, &hello)
+	err := m.call(ctx, v.channel, wire.Request{Op: wire.OpHello, Nonce: hex.EncodeToString(nonce)}, &hello)
 	if err != nil {
 		return err
 	}
@@ -71,15 +79,24 @@ func (m *Manager) hello(ctx context.Context, v *machine) error {
 		return fmt.Errorf("the guest speaks protocol %d to %d, this daemon %d to %d",
 			hello.ProtocolMin, hello.ProtocolMax, wire.ProtocolMin, wire.ProtocolMax)
 	}
+	if len(hello.BootID) > maxIdentity || len(hello.User) > maxIdentity {
+		return errors.New("the guest's name for its boot or its user is too long")
+	}
 	v.h.GuestBootID, v.h.User = hello.BootID, hello.User
 	return nil
 }
+
+// maxIdentity bounds what a guest says of itself and the daemon keeps, in bytes: a
+// boot id has 36, a user's name at most 32 (useradd(8)).
+const maxIdentity = 256
 
 type dialer interface {
 	Dial(ctx context.Context) (net.Conn, error)
 }
 
-func call(ctx context.Context, d dialer, req wire.Request, reply any) error {
+// call asks the agent of a VM that an operation works on, which may not be adopted yet.
+func (m *Manager) call(ctx context.Context, d dialer, req wire.Request, reply any) error {
+	m.checker.AssertGuestIO("guest I/O")
 	conn, err := d.Dial(ctx)
 	if err != nil {
 		return err
@@ -89,11 +106,11 @@ func call(ctx context.Context, d dialer, req wire.Request, reply any) error {
 
 // waitSystem waits until the guest's init has reached its target. The VM ending
 // meanwhile breaks the stream, which ends the wait.
-func (m *Manager) waitSystem(ctx context.Context, v *machine) error {
+func (m *Manager) waitSystem(ctx context.Context, v *machine, verb string) error {
 	ctx, cancel := context.WithTimeout(ctx, m.systemTimeout)
 	defer cancel()
 	var ready wire.Ready
-	err := call(ctx, v.channel, wire.Request{Op: wire.OpReady}, &ready)
+	err := m.call(ctx, v.channel, wire.Request{Op: wire.OpReady}, &ready)
 	if err == nil {
 		return nil
 	}
@@ -101,9 +118,13 @@ func (m *Manager) waitSystem(ctx context.Context, v *machine) error {
 		return m.explainEnd(v, errEnded)
 	}
 	if errors.Is(err, context.DeadlineExceeded) {
+		hint := "banger exec " + v.rec.Name + " systemctl list-jobs" // it runs on
+		if verb == "create" {
+			hint = "banger create --ready agent"
+		}
 		return &api.Error{Code: api.Unresponsive, Err: err,
 			Message: fmt.Sprintf("the guest's system did not get ready within %s%s", m.systemTimeout, v.consoleText()),
-			Hint:    "banger run --ready agent"}
+			Hint:    hint}
 	}
 	return err
 }
@@ -114,7 +135,7 @@ func (m *Manager) askShutdown(ctx context.Context, v *machine) error {
 	asked := false
 	if v.channel != nil {
 		ask, cancel := context.WithTimeout(ctx, 5*time.Second)
-		err := call(ask, v.channel, wire.Request{Op: wire.OpShutdown, Shutdown: &wire.Shutdown{Verb: "poweroff"}}, nil)
+		err := m.call(ask, v.channel, wire.Request{Op: wire.OpShutdown, Shutdown: &wire.Shutdown{Verb: "poweroff"}}, nil)
 		cancel()
 		asked = err == nil
 	}

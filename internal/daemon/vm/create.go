@@ -90,7 +90,7 @@ func nameTaken(name string) error {
 func (m *Manager) Create(ctx context.Context, r CreateRequest, p Progress) (store.VM, error) {
 	rec, err := m.create(ctx, r, p)
 	if err != nil {
-		return rec, wrap("create", r.displayName(rec), err)
+		return rec, m.wrap("create", r.displayName(rec), err)
 	}
 	return rec, nil
 }
@@ -126,11 +126,11 @@ func (m *Manager) create(ctx context.Context, r CreateRequest, p Progress) (stor
 	}
 
 	id := newID()
-	ctx, done, err := m.begin(ctx, id, opstate.VerbCreate, p)
+	ctx, turn, err := m.begin(ctx, id, opstate.VerbCreate, p)
 	if err != nil {
 		return store.VM{}, err
 	}
-	defer done()
+	defer turn.end()
 	rec, err := m.reserve(ctx, id, r, image, kernel)
 	if err != nil {
 		return rec, err

@@ -124,9 +124,9 @@ func (m *Manager) SuspendLeases() { m.leases.close() }
 // Hold holds the lease of a VM that is removed on release until ctx ends. held is
 // called when it is.
 func (m *Manager) Hold(ctx context.Context, id string, held func() error) error {
-	rec, err := m.store.VM(ctx, id)
+	rec, err := m.record(ctx, id)
 	if err != nil {
-		return notFound(id)
+		return err
 	}
 	if !rec.RemoveOnRelease {
 		return api.Errorf(api.Refused, "%s was not created with --rm", rec.Name).WithHint("banger rm %s", rec.Name)

@@ -19,18 +19,27 @@ const defaultStopTimeout = 30 * time.Second
 
 // Start starts a stopped VM. A VM that runs is a success.
 func (m *Manager) Start(ctx context.Context, id string, readyAgent bool, p Progress) (store.VM, error) {
-	ctx, done, err := m.begin(ctx, id, opstate.VerbStart, p)
+	return m.start(ctx, id, readyAgent, false, p)
+}
+
+// start is Start; with reboot it does nothing unless the guest's wish for one still
+// stands when the slot is granted.
+func (m *Manager) start(ctx context.Context, id string, readyAgent, reboot bool, p Progress) (store.VM, error) {
+	ctx, turn, err := m.begin(ctx, id, opstate.VerbStart, p)
 	if err != nil {
 		return store.VM{}, err
 	}
-	defer done()
-	rec, err := m.store.VM(ctx, id)
+	defer turn.end()
+	if reboot && !turn.rebootAsked {
+		return store.VM{}, nil
+	}
+	rec, err := m.record(ctx, id)
 	if err != nil {
-		return rec, notFound(id)
+		return rec, err
 	}
 	v, err := m.machine(ctx, rec)
 	if err != nil {
-		return rec, wrap("start", rec.Name, err)
+		return rec, m.wrap("start", rec.Name, err)
 	}
 	switch rec.State {
 	case store.Failed:
@@ -41,8 +50,8 @@ func (m *Manager) Start(ctx context.Context, id string, readyAgent bool, p Progr
 			return rec, nil
 		}
 		// It ended just now and its watcher found the slot taken.
-		if err := m.halt(ctx, v, "start"); err != nil {
-			return v.rec, wrap("start", rec.Name, err)
+		if err := m.undoRun(ctx, v, "start"); err != nil {
+			return v.rec, m.wrap("start", rec.Name, err)
 		}
 	}
 	err = m.boot(ctx, v, readyAgent, m.steps("start", p, m.startSteps(readyAgent)))
@@ -51,10 +60,10 @@ func (m *Manager) Start(ctx context.Context, id string, readyAgent bool, p Progr
 		// was; a slow system is left to itself.
 		held, herr := shim.Held(v.dir.Path())
 		if ctx.Err() != nil || herr == nil && !held {
-			err = errors.Join(err, m.halt(ctx, v, "start"))
+			err = errors.Join(err, m.undoRun(ctx, v, "start"))
 		}
 	}
-	return v.rec, wrap("start", rec.Name, err)
+	return v.rec, m.wrap("start", rec.Name, err)
 }
 
 func (m *Manager) startSteps(readyAgent bool) int {
@@ -86,7 +95,7 @@ func (m *Manager) boot(ctx context.Context, v *machine, readyAgent bool, s steps
 		return nil
 	}
 	s.step("system")
-	return m.waitSystem(ctx, v)
+	return m.waitSystem(ctx, v, s.verb)
 }
 
 // settle writes where a VM is after its run rows were released: stopped, or failed
@@ -109,11 +118,11 @@ func (m *Manager) Stop(ctx context.Context, id string, timeout time.Duration, p 
 	if timeout < 0 {
 		verb = opstate.VerbKill
 	}
-	ctx, done, err := m.begin(ctx, id, verb, p)
+	ctx, turn, err := m.begin(ctx, id, verb, p)
 	if err != nil {
 		return store.VM{}, err
 	}
-	defer done()
+	defer turn.end()
 	rec, err := m.store.VM(ctx, id)
 	if errors.Is(err, store.ErrNotFound) {
 		return rec, nil // the create that was taken over has undone itself
@@ -123,7 +132,7 @@ func (m *Manager) Stop(ctx context.Context, id string, timeout time.Duration, p 
 	}
 	v, err := m.machine(ctx, rec)
 	if err != nil {
-		return rec, wrap("stop", rec.Name, err)
+		return rec, m.wrap("stop", rec.Name, err)
 	}
 	s := m.steps("stop", p, 2)
 	m.interruptWorkspaces(ctx, id)
@@ -136,21 +145,25 @@ func (m *Manager) Stop(ctx context.Context, id string, timeout time.Duration, p 
 		err := m.askShutdown(ask, v)
 		cancel()
 		if ctx.Err() != nil {
-			return rec, wrap("stop", rec.Name, context.Cause(ctx)) // cancelled: it goes on running
+			return rec, m.wrap("stop", rec.Name, context.Cause(ctx)) // cancelled: it goes on running
 		}
 		if err != nil {
 			m.log.Info("a guest did not shut down in time", "vm", rec.Name, "err", err)
 		}
 	}
 	s.step("release")
-	return v.rec, wrap("stop", rec.Name, m.halt(ctx, v, "stop"))
+	return v.rec, m.wrap("stop", rec.Name, m.undoRun(ctx, v, "stop"))
 }
 
-// halt releases what a VM holds while it runs and settles the record. It is not
-// cancelled half way.
-func (m *Manager) halt(ctx context.Context, v *machine, verb string) error {
+// undoRun is halt, not cancelled half way.
+func (m *Manager) undoRun(ctx context.Context, v *machine, verb string) error {
 	ctx, cancel := undoContext(ctx)
 	defer cancel()
+	return m.halt(ctx, v, verb)
+}
+
+// halt releases what a VM holds while it runs and settles the record.
+func (m *Manager) halt(ctx context.Context, v *machine, verb string) error {
 	stopping := func() error {
 		if v.rec.State == store.Stopping {
 			return nil
@@ -179,11 +192,11 @@ func (m *Manager) Delete(ctx context.Context, id string, force bool, p Progress)
 	if _, err := m.removable(ctx, id, force); err != nil {
 		return err
 	}
-	ctx, done, err := m.begin(ctx, id, opstate.VerbDelete, p)
+	ctx, turn, err := m.begin(ctx, id, opstate.VerbDelete, p)
 	if err != nil {
 		return err
 	}
-	defer done()
+	defer turn.end()
 	rec, err := m.removable(ctx, id, force)
 	if api.CodeOf(err) == api.NotFound {
 		return nil // the create that was taken over has undone itself
@@ -193,18 +206,18 @@ func (m *Manager) Delete(ctx context.Context, id string, force bool, p Progress)
 	}
 	v, err := m.machine(ctx, rec)
 	if err != nil {
-		return wrap("remove", rec.Name, err)
+		return m.wrap("remove", rec.Name, err)
 	}
 	m.steps("rm", p, 1).step("release")
 	undo, cancel := undoContext(ctx)
 	defer cancel()
-	return wrap("remove", rec.Name, m.destroy(undo, v, "rm"))
+	return m.wrap("remove", rec.Name, m.destroy(undo, v, "rm"))
 }
 
 func (m *Manager) removable(ctx context.Context, id string, force bool) (store.VM, error) {
-	rec, err := m.store.VM(ctx, id)
+	rec, err := m.record(ctx, id)
 	if err != nil {
-		return rec, notFound(id)
+		return rec, err
 	}
 	if rec.State == store.Running && !force {
 		return rec, api.Errorf(api.Refused, "cannot remove %s: it is running", rec.Name).WithHint("banger rm -f %s", rec.Name)
@@ -250,17 +263,23 @@ func (m *Manager) destroy(ctx context.Context, v *machine, verb string) error {
 	return m.store.DeleteVM(ctx, rec.ID)
 }
 
+// interruptTimeout bounds the wait for a workspace job that is cancelled. What it does
+// in the guest breaks off with the VMM; a release must not wait for it.
+const interruptTimeout = 10 * time.Second
+
 func (m *Manager) interruptWorkspaces(ctx context.Context, id string) {
 	if m.workspaces == nil {
 		return
 	}
+	ctx, cancel := context.WithTimeout(ctx, interruptTimeout)
+	defer cancel()
 	if err := m.workspaces.Interrupt(ctx, id); err != nil {
 		m.log.Warn("a workspace job did not end", "vm", id, "err", err)
 	}
 }
 
 // wrap says which verb failed on which VM, and keeps code and hint.
-func wrap(verb, name string, err error) error {
+func (m *Manager) wrap(verb, name string, err error) error {
 	if err == nil {
 		return nil
 	}
@@ -275,7 +294,11 @@ func wrap(verb, name string, err error) error {
 			code = api.Busy
 		}
 	}
-	return &api.Error{Code: code, Message: fmt.Sprintf("cannot %s %s: %v", verb, name, err), Hint: api.HintOf(err), Err: err}
+	hint := api.HintOf(err)
+	if code == api.NoSpace && hint == "" {
+		hint = "df -h " + m.layout.Root
+	}
+	return &api.Error{Code: code, Message: fmt.Sprintf("cannot %s %s: %v", verb, name, err), Hint: hint, Err: err}
 }
 
 func isDiskFull(err error) bool {

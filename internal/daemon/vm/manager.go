@@ -21,6 +21,9 @@ import (
 type Images interface {
 	Ensure(ctx context.Context, name string, p opstate.Progress) (store.Image, error)
 	EnsureKernel(ctx context.Context, name string, p opstate.Progress) (store.Kernel, error)
+	// WithKernel calls fn while no pull replaces the kernel: its row and its files belong
+	// together. fn must be short.
+	WithKernel(ctx context.Context, name string, fn func(store.Kernel) error) error
 }
 
 // Progress is the operation on whose behalf the manager works.
@@ -39,6 +42,8 @@ type Workspaces interface {
 type Programs struct {
 	Shim  string // banger-shim
 	Guest string // banger-guest, which becomes /init
+	// Unpack makes them if they are not there; nil if they are.
+	Unpack func() error
 }
 
 // Options are what a Manager needs.
@@ -170,18 +175,34 @@ func (m *Manager) transition(ctx context.Context, v *machine, to store.State, se
 	return nil
 }
 
+// turn is the slot of a VM while one operation holds it.
+type turn struct {
+	end         func()
+	rebootAsked bool // the guest asked for one, and nobody has seen to it before
+}
+
 // begin takes the slot of a VM for verb. The returned context ends when another
 // verb takes over.
-func (m *Manager) begin(ctx context.Context, id string, verb opstate.Verb, p Progress) (context.Context, func(), error) {
+func (m *Manager) begin(ctx context.Context, id string, verb opstate.Verb, p Progress) (context.Context, turn, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	takenOver := func() { cancel(errTakenOver) }
 	release, err := m.slots.Acquire(ctx, id, verb, p.ID(), takenOver)
 	if err != nil {
 		cancel(nil)
-		return nil, nil, err
+		return nil, turn{}, err
 	}
-	m.reboots.Delete(id) // whoever has the slot says what becomes of the VM
-	return ctx, func() { release(); cancel(nil) }, nil
+	// Whoever has the slot says what becomes of the VM.
+	_, asked := m.reboots.LoadAndDelete(id)
+	return ctx, turn{end: func() { release(); cancel(nil) }, rebootAsked: asked}, nil
+}
+
+// record reads the record of a VM. One that is not there is an error in words.
+func (m *Manager) record(ctx context.Context, id string) (store.VM, error) {
+	rec, err := m.store.VM(ctx, id)
+	if errors.Is(err, store.ErrNotFound) {
+		return rec, notFound(id)
+	}
+	return rec, err
 }
 
 var errTakenOver = &api.Error{Code: api.Cancelled, Message: "another operation took over"}

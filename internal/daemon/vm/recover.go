@@ -145,27 +145,47 @@ func (m *Manager) recoverEnded(ctx context.Context, v *machine) error {
 // recoverRows looks at directories without a row. With a record.json the row is
 // made again; a disk without one is moved to lost/, never deleted.
 func (m *Manager) recoverRows(ctx context.Context) error {
+	unknown, err := m.unknownDirs(ctx)
+	for _, id := range unknown {
+		if err := m.recoverRow(ctx, id); err != nil {
+			m.log.Error("cannot recover a directory without a row", "directory", id, "err", err)
+		}
+	}
+	return err
+}
+
+// unknownDirs are the directories of VMs that have no row, by name.
+func (m *Manager) unknownDirs(ctx context.Context) ([]string, error) {
 	entries, err := os.ReadDir(m.layout.VMs())
 	if err != nil {
-		return err
+		return nil, err
 	}
 	vms, err := m.store.VMs(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	known := make(map[string]bool, len(vms))
 	for _, v := range vms {
 		known[v.ID] = true
 	}
+	var unknown []string
 	for _, e := range entries {
-		if known[e.Name()] || !e.IsDir() {
-			continue
-		}
-		if err := m.recoverRow(ctx, e.Name()); err != nil {
-			m.log.Error("cannot recover a directory without a row", "directory", e.Name(), "err", err)
+		if !known[e.Name()] && e.IsDir() {
+			unknown = append(unknown, e.Name())
 		}
 	}
-	return nil
+	return unknown, nil
+}
+
+// StrayDisks tells whether there are disks that no record knows: in lost/, or in a
+// directory whose row could not be made again.
+func (m *Manager) StrayDisks(ctx context.Context) (bool, error) {
+	lost, err := os.ReadDir(m.layout.Lost())
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return false, err
+	}
+	unknown, err := m.unknownDirs(ctx)
+	return len(lost)+len(unknown) > 0, err
 }
 
 func (m *Manager) recoverRow(ctx context.Context, id string) error {

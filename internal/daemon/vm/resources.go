@@ -16,6 +16,7 @@ import (
 	"banger/internal/daemon/driver"
 	"banger/internal/daemon/initrd"
 	"banger/internal/daemon/proc"
+	"banger/internal/daemon/store"
 	"banger/internal/guest/wire"
 	"banger/internal/shim"
 )
@@ -143,23 +144,46 @@ func (m *Manager) preflightBootFiles(ctx context.Context, v *machine) error {
 		return api.Errorf(api.Refused, "kernel %s is not complete: %w", v.kernel.Name, err).
 			WithHint("banger kernel pull %s --force", v.kernel.Name)
 	}
+	if err := m.preflightRoom(ctx, v); err != nil || m.programs.Unpack == nil {
+		return err
+	}
+	return m.programs.Unpack()
+}
+
+// minRoom is twice what a first boot writes to the state directory, in bytes: 4 MiB of
+// initramfs, and as much to the disk. A guest that cannot write ends without a word.
+const minRoom = 16 << 20
+
+func (m *Manager) preflightRoom(ctx context.Context, v *machine) error {
+	var stat unix.Statfs_t
+	if err := unix.Statfs(m.layout.Root, &stat); err != nil {
+		return fmt.Errorf("cannot ask for the space in %s: %w", m.layout.Root, err)
+	}
+	free := int64(stat.Bavail) * stat.Bsize
+	if stat.Blocks > 0 && free < minRoom { // some file systems say nothing
+		return fmt.Errorf("%s has %d MiB left, a VM needs %d: %w", m.layout.Root, free>>20, minRoom>>20, unix.ENOSPC)
+	}
 	return nil
 }
 
 func (m *Manager) acquireBootFiles(ctx context.Context, v *machine) error {
-	// The row as it is now: the kernel may have been replaced since the create began.
-	kernel, err := m.store.Kernel(ctx, v.rec.Kernel)
+	var dir *os.File
+	err := m.images.WithKernel(ctx, v.rec.Kernel, func(kernel store.Kernel) (err error) {
+		v.kernel = kernel // which may have been replaced since the create began
+		k := m.layout.Kernel(kernel.Name)
+		if err := os.Link(k.Vmlinux(), v.dir.Kernel()); err != nil {
+			return err
+		}
+		if err := os.Link(k.ModulesDisk(), v.dir.Modules()); err != nil {
+			return err
+		}
+		dir, err = os.Open(k.Modules())
+		return err
+	})
 	if err != nil {
 		return err
 	}
-	v.kernel = kernel
-	k := m.layout.Kernel(v.kernel.Name)
-	if err := os.Link(k.Vmlinux(), v.dir.Kernel()); err != nil {
-		return err
-	}
-	if err := os.Link(k.ModulesDisk(), v.dir.Modules()); err != nil {
-		return err
-	}
+	defer dir.Close()
 	magic := make([]byte, wire.MagicLen)
 	rand.Read(magic) // never fails, see crypto/rand
 	v.h.Magic = magic
@@ -170,16 +194,10 @@ func (m *Manager) acquireBootFiles(ctx context.Context, v *machine) error {
 	}
 	var modules []string
 	for _, name := range v.kernel.Modules {
-		modules = append(modules, filepath.Join(k.Modules(), name))
+		modules = append(modules, fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), name))
 	}
 	err = initrd.Write(f, m.programs.Guest, modules, m.guestConfig(v))
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err != nil {
-		return fmt.Errorf("cannot write initramfs: %w", err)
-	}
-	return nil
+	return errors.Join(err, f.Close())
 }
 
 func (m *Manager) guestConfig(v *machine) wire.Config {
@@ -229,11 +247,14 @@ func (m *Manager) acquireProcess(ctx context.Context, v *machine) error {
 	}
 	started, err := shim.Launch(ctx, v.dir.Path(), m.programs.Shim, shim.Config{Argv: cmd.Argv, Env: cmd.Env})
 	if err != nil {
-		return m.explainEnd(v, fmt.Errorf("cannot start %s: %w", m.host.VMM.Name(), err))
+		err = fmt.Errorf("cannot start %s: %w", m.host.VMM.Name(), err)
+		if refused := new(shim.StartError); errors.As(err, &refused) {
+			return m.explainEnd(v, err)
+		}
+		return err
 	}
-	v.h.Shim = &proc.Identity{PID: started.PID, StartTime: started.StartTime, BootID: m.bootID}
-	vmm := identity(started.VMM, m.bootID)
-	v.h.VMM = &vmm
+	shimID, vmmID := identity(started.Shim, started.BootID), identity(started.VMM, started.BootID)
+	v.h.Shim, v.h.VMM = &shimID, &vmmID
 	return nil
 }
 

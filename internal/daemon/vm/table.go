@@ -34,7 +34,7 @@ type resource struct {
 func (m *Manager) table() []resource {
 	return []resource{
 		{"directory", scopeVM, nil, m.acquireDirectory, m.releaseDirectory},
-		{"disk", scopeVM, nil, m.acquireDisk, m.releaseDisk},
+		{"disk", scopeVM, m.preflightRoom, m.acquireDisk, m.releaseDisk},
 		{"record", scopeVM, nil, m.acquireRecord, m.releaseRecord},
 
 		{"run directory", scopeRun, nil, m.acquireRunDir, m.releaseRunDir},

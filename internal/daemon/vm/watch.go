@@ -5,6 +5,7 @@ import (
 	"errors"
 	"time"
 
+	"banger/api"
 	"banger/internal/daemon/opstate"
 	"banger/internal/daemon/proc"
 	"banger/internal/daemon/store"
@@ -86,7 +87,7 @@ func (m *Manager) reapHeld(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
-	if err := m.halt(ctx, v, "reap"); err != nil {
+	if err := m.undoRun(ctx, v, "reap"); err != nil {
 		return err
 	}
 	m.log.Info("a VM ended by itself", "vm", rec.Name, "how", v.rec.Ended)
@@ -106,24 +107,18 @@ func rebootAsked(v *machine) bool {
 func (m *Manager) rebootLater(id string) {
 	m.reboots.Store(id, true)
 	m.background(func(ctx context.Context) {
-		release, ok := m.slots.TryAcquire(id, opstate.VerbReap)
-		for !ok && ctx.Err() == nil {
+		for ctx.Err() == nil {
+			_, err := m.start(ctx, id, true, true, noProgress{})
+			if api.CodeOf(err) != api.Busy {
+				if err != nil && ctx.Err() == nil {
+					m.log.Error("cannot carry out a reboot", "vm", id, "err", err)
+				}
+				return
+			}
 			select {
 			case <-ctx.Done():
 			case <-time.After(reapPoll):
-				release, ok = m.slots.TryAcquire(id, opstate.VerbReap)
 			}
-		}
-		if !ok {
-			return
-		}
-		_, asked := m.reboots.LoadAndDelete(id)
-		release()
-		if !asked {
-			return
-		}
-		if rec, err := m.Start(ctx, id, true, noProgress{}); err != nil && ctx.Err() == nil {
-			m.log.Error("cannot carry out a reboot", "vm", rec.Name, "err", err)
 		}
 	})
 }

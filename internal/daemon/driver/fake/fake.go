@@ -50,7 +50,7 @@ func New(dir, vmmProgram string) *Host {
 	}
 	return &Host{
 		dir: dir, program: vmmProgram,
-		Ability: driver.Ability{Version: "1.0", Accelerator: "tcg", Reason: "the fake VMM has no accelerator"},
+		Ability: driver.Ability{Accelerator: "tcg", Reason: "the fake VMM has no accelerator"},
 	}
 }
 
