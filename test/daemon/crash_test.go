@@ -29,20 +29,23 @@ type verb struct {
 	name    string
 	from    string // "none", "stopped", "running"
 	perform func(ctx context.Context, c *client) error
+	// after, unless nil, is what must hold of the VM after a kill, besides what must
+	// hold after each.
+	after func(w *world, t *testing.T, d *process, vm *bangerv1.VM)
 }
 
 func verbs() []verb {
 	return []verb{
-		{"create", "none", func(ctx context.Context, c *client) error {
+		{name: "create", from: "none", perform: func(ctx context.Context, c *client) error {
 			return c.create(ctx, false)
 		}},
-		{"start", "stopped", func(ctx context.Context, c *client) error {
+		{name: "start", from: "stopped", perform: func(ctx context.Context, c *client) error {
 			return c.do(ctx)(c.vms.Start(ctx, &bangerv1.StartVMRequest{Ref: "v", Ready: bangerv1.Ready_READY_AGENT}))
 		}},
-		{"stop", "running", func(ctx context.Context, c *client) error {
+		{name: "stop", from: "running", perform: func(ctx context.Context, c *client) error {
 			return c.do(ctx)(c.vms.Stop(ctx, &bangerv1.StopVMRequest{Ref: "v"}))
 		}},
-		{"rm", "running", func(ctx context.Context, c *client) error {
+		{name: "rm", from: "running", perform: func(ctx context.Context, c *client) error {
 			return c.do(ctx)(c.vms.Delete(ctx, &bangerv1.DeleteVMRequest{Ref: "v", Force: true}))
 		}},
 	}
@@ -78,7 +81,7 @@ func TestSeededMoments(t *testing.T) {
 		point string
 	}
 	var all []moment
-	for _, v := range verbs() {
+	for _, v := range append(verbs(), prepareVerbs(t)...) {
 		for _, p := range w.discover(t, v) {
 			all = append(all, moment{v, p})
 		}
@@ -121,6 +124,9 @@ func (w *world) discover(t *testing.T, v verb) []string {
 		t.Fatalf("%s: %v", v.name, err)
 	}
 	var points []string
+	if v.name == "prepare" {
+		points = append(points, accepted)
+	}
 	for _, p := range d.points(t) {
 		if strings.HasPrefix(p, v.name+"/") && !slices.Contains(points, p) {
 			points = append(points, p)
@@ -137,12 +143,15 @@ func (w *world) kill(t *testing.T, v verb, point string, delay time.Duration) {
 	t.Helper()
 	d := w.start(t, "kill "+point, delay)
 	before := w.arrange(t, d, v.from)
-	v.perform(d.ctx(t), d.client()) // the daemon dies under it
+	c := d.client()
+	if point == accepted {
+		c.accepted = func() { time.AfterFunc(delay, func() { d.cmd.Process.Kill() }) }
+	}
+	v.perform(d.ctx(t), c) // the daemon dies under it
 	d.waitDead(t)
 
 	d = w.start(t, "", 0)
-	c := d.client()
-	after, err := c.vm(d.ctx(t))
+	after, err := d.client().vm(d.ctx(t))
 	switch {
 	case err != nil:
 		t.Fatalf("after the kill: %v", err)
@@ -159,6 +168,9 @@ func (w *world) kill(t *testing.T, v verb, point string, delay time.Duration) {
 		}
 	case after.State != bangerv1.VM_STOPPED:
 		t.Fatalf("the VM is %s: %s", after.State, after.LastError)
+	}
+	if v.after != nil {
+		v.after(w, t, d, after)
 	}
 	w.usable(t, d, after, v.from != "none")
 	w.clear(t, d)
@@ -311,6 +323,38 @@ func (d *process) waitState(t *testing.T, want bangerv1.VM_State, oldPID string)
 	}
 	t.Fatalf("the VM does not get %s: %v", want, vm)
 	return nil
+}
+
+// TestStopNotRecorded: a stop whose last write fails has let go of everything and says
+// that it failed. The VM gets stopped by itself once the store can be written again.
+func TestStopNotRecorded(t *testing.T) {
+	w := newWorld(t)
+	d := w.start(t, "", 0)
+	w.arrange(t, d, "running")
+	c, ctx := d.client(), d.ctx(t)
+	w.sqlite(t, "create trigger refuse before update of state on vms when new.state = 'stopped' "+
+		"begin select raise(fail, 'refused by the test'); end;")
+	if err := c.do(ctx)(c.vms.Stop(ctx, &bangerv1.StopVMRequest{Ref: "v"})); err == nil || !strings.Contains(err.Error(), "refused by the test") {
+		t.Fatalf("stop: %v", err)
+	}
+	if vm, err := c.vm(ctx); err != nil || vm.GetState() != bangerv1.VM_STOPPING {
+		t.Fatalf("after the stop that failed: %v, %v", vm, err)
+	}
+	if text := w.host().Text(); text != "" {
+		t.Fatalf("left on the host:\n%s", text)
+	}
+	w.sqlite(t, "drop trigger refuse;")
+	if vm := d.waitState(t, bangerv1.VM_STOPPED, ""); vm.LastError != "" || vm.Ended != "the guest powered off" {
+		t.Errorf("settled with %q, and ended: %q", vm.LastError, vm.Ended)
+	}
+	if d.dead() {
+		t.Fatal("the daemon has ended")
+	}
+	if err := c.do(ctx)(c.vms.Start(ctx, &bangerv1.StartVMRequest{Ref: "v"})); err != nil {
+		t.Fatalf("start: %v", err)
+	}
+	w.clear(t, d)
+	d.stop(t)
 }
 
 // TestHostReboot: after the host went down in the middle of everything a VM that ran

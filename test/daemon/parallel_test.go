@@ -143,6 +143,75 @@ func TestStalledBootDelaysNobody(t *testing.T) {
 	d.stop(t)
 }
 
+// TestStalledPullDelaysNobody: while the image and the kernel are being made anew, and
+// that does not get on, VMs of those that are here are created, started, listed, stopped
+// and removed: all of it ends before the stall does.
+func TestStalledPullDelaysNobody(t *testing.T) {
+	w := newWorld(t)
+	d := w.start(t, "", 0)
+	c, ctx := d.client(), d.ctx(t)
+	if _, err := c.createNamed(ctx, "first", "", false); err != nil { // brings image and kernel here
+		t.Fatal(err)
+	}
+	hold := w.state + ".hold"
+	if err := os.WriteFile(hold, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	image, err := c.images.Pull(ctx, &bangerv1.PullImageRequest{Force: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	kernel, err := c.kernels.Pull(ctx, &bangerv1.PullKernelRequest{Force: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pulls := []*bangerv1.Operation{image, kernel}
+	for _, pull := range pulls {
+		for deadline := time.Now().Add(limit); d.operation(t, pull.Id).StepName != "download packages"; time.Sleep(5 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("the pull does not begin: %v", d.operation(t, pull.Id))
+			}
+		}
+	}
+	if _, err := c.createNamed(ctx, "lively", "", true); err != nil {
+		t.Fatalf("create: %v", err)
+	}
+	if err := c.do(ctx)(c.vms.Start(ctx, &bangerv1.StartVMRequest{Ref: "first"})); err != nil {
+		t.Fatalf("start: %v", err)
+	}
+	if res, err := c.vms.List(ctx, &bangerv1.ListVMsRequest{}); err != nil || len(res.Vms) != 2 {
+		t.Fatalf("list: %v, %v", res, err)
+	}
+	if res, err := c.images.List(ctx, &bangerv1.ListImagesRequest{}); err != nil || len(res.Images) != 1 {
+		t.Fatalf("image ls: %v, %v", res, err)
+	}
+	if res, err := c.kernels.List(ctx, &bangerv1.ListKernelsRequest{}); err != nil || len(res.Kernels) != 1 {
+		t.Fatalf("kernel ls: %v, %v", res, err)
+	}
+	for _, name := range []string{"lively", "first"} {
+		if err := c.do(ctx)(c.vms.Stop(ctx, &bangerv1.StopVMRequest{Ref: name})); err != nil {
+			t.Fatalf("stop: %v", err)
+		}
+		if err := c.do(ctx)(c.vms.Delete(ctx, &bangerv1.DeleteVMRequest{Ref: name})); err != nil {
+			t.Fatalf("rm: %v", err)
+		}
+	}
+	for _, pull := range pulls {
+		if now := d.operation(t, pull.Id); now.State != bangerv1.Operation_RUNNING {
+			t.Errorf("the stalled pull of %s is %s: %s", now.Target, now.State, now.Error)
+		}
+	}
+	if err := os.Remove(hold); err != nil {
+		t.Fatal(err)
+	}
+	for _, pull := range pulls {
+		if err := c.do(ctx)(pull, nil); err != nil {
+			t.Errorf("the pull after the stall: %v", err)
+		}
+	}
+	d.stop(t)
+}
+
 func (d *process) operation(t *testing.T, id string) *bangerv1.Operation {
 	t.Helper()
 	res, err := d.client().ops.List(d.ctx(t), &bangerv1.ListOperationsRequest{})

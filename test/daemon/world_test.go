@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -25,6 +26,7 @@ import (
 	"banger/internal/daemon/driver/fake"
 	"banger/internal/daemon/image/imagetest"
 	"banger/internal/daemon/locks"
+	"banger/internal/daemon/opstate"
 	"banger/internal/guest/wire"
 )
 
@@ -48,12 +50,13 @@ func serve() error {
 	}
 	programs := os.Getenv(envPrograms)
 	host := fake.New(os.Getenv(envHost), filepath.Join(programs, "fakevmm")).Drivers()
+	host.VMM = cutVMM{host.VMM, o.at}
 	ctx := context.Background()
 	d, err := daemon.Open(ctx,
 		daemon.WithLayout(config.Layout{Root: os.Getenv(envState)}),
 		daemon.WithPrograms(os.DirFS(programs)),
 		daemon.WithHost(host),
-		daemon.WithImageBuilder(&imagetest.Builder{}),
+		daemon.WithImageBuilder(&imagetest.Builder{Before: waitWhileHeld}),
 		daemon.WithChecker(locks.NewChecker()),
 		daemon.WithLogger(slog.New(slog.NewTextHandler(os.Stderr, nil))),
 		daemon.WithAgentTimeout(limit/2),
@@ -63,6 +66,21 @@ func serve() error {
 		return err
 	}
 	return errors.Join(d.Serve(ctx), d.Close())
+}
+
+// waitWhileHeld keeps the making of images and kernels from going on while there is a
+// file "hold" beside the state directory.
+func waitWhileHeld(ctx context.Context, _, _ string, _ opstate.Progress) error {
+	for {
+		if _, err := os.Stat(os.Getenv(envState) + ".hold"); err != nil {
+			return nil
+		}
+		select {
+		case <-time.After(5 * time.Millisecond):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
 }
 
 // order is what happens at one point, once.
@@ -111,16 +129,22 @@ func (o *order) at(point string) error {
 	return nil
 }
 
-// world is a state directory and a fake host that outlive the daemons.
+// world is a state directory and a fake host that outlive the daemons, and a
+// repository that no daemon may change.
 type world struct {
 	state, hostDir, programs string
+
+	repository string
+	untouched  string // what was in it from the beginning
 }
 
 func newWorld(t *testing.T) *world {
 	t.Helper()
 	dir := t.TempDir()
-	w := &world{state: filepath.Join(dir, "state"), hostDir: filepath.Join(dir, "host"), programs: filepath.Join(dir, "bin")}
-	for name, pkg := range map[string]string{"banger-shim": "banger/cmd/banger-shim", "fakevmm": "banger/test/fakevmm"} {
+	w := &world{state: filepath.Join(dir, "state"), hostDir: filepath.Join(dir, "host"), programs: filepath.Join(dir, "bin"), repository: filepath.Join(dir, "shop")}
+	for name, pkg := range map[string]string{
+		"banger-shim": "banger/cmd/banger-shim", "fakevmm": "banger/test/fakevmm/ownroot", "fakevmm.real": "banger/test/fakevmm",
+	} {
 		cmd := exec.Command("go", "build", "-o", filepath.Join(w.programs, name), pkg)
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := cmd.CombinedOutput(); err != nil {
@@ -131,6 +155,14 @@ func newWorld(t *testing.T) *world {
 	if err := os.WriteFile(filepath.Join(w.programs, "banger-guest"), []byte("no program"), 0o755); err != nil {
 		t.Fatal(err)
 	}
+	w.makeRepository(t)
+	t.Cleanup(func() { // of a test that failed
+		for _, pid := range processesIn(w.state) {
+			if n, err := strconv.Atoi(pid); err == nil {
+				syscall.Kill(n, syscall.SIGKILL)
+			}
+		}
+	})
 	return w
 }
 
@@ -264,9 +296,15 @@ func (d *process) resume(t *testing.T) {
 }
 
 type client struct {
-	machine bangerv1connect.MachineClient
-	vms     bangerv1connect.VMsClient
-	ops     bangerv1connect.OperationsClient
+	w          *world
+	machine    bangerv1connect.MachineClient
+	vms        bangerv1connect.VMsClient
+	ops        bangerv1connect.OperationsClient
+	workspaces bangerv1connect.WorkspacesClient
+	images     bangerv1connect.ImagesClient
+	kernels    bangerv1connect.KernelsClient
+
+	accepted func() // unless nil, called when the daemon has taken a prepare on
 }
 
 func (d *process) client() *client {
@@ -277,9 +315,13 @@ func (d *process) client() *client {
 		},
 	}}
 	return &client{
-		machine: bangerv1connect.NewMachineClient(h, "http://banger"),
-		vms:     bangerv1connect.NewVMsClient(h, "http://banger"),
-		ops:     bangerv1connect.NewOperationsClient(h, "http://banger"),
+		w:          d.w,
+		machine:    bangerv1connect.NewMachineClient(h, "http://banger"),
+		vms:        bangerv1connect.NewVMsClient(h, "http://banger"),
+		ops:        bangerv1connect.NewOperationsClient(h, "http://banger"),
+		workspaces: bangerv1connect.NewWorkspacesClient(h, "http://banger"),
+		images:     bangerv1connect.NewImagesClient(h, "http://banger"),
+		kernels:    bangerv1connect.NewKernelsClient(h, "http://banger"),
 	}
 }
 

@@ -88,25 +88,33 @@ func golden(t testing.TB) string {
 // newHost makes an instance with kernel and image, and removes all of it at the end.
 func newHost(t testing.TB) *host {
 	t.Helper()
+	return newHostIn(t, stateDir(t), "-l")
+}
+
+// stateDir makes an empty state directory, in a directory of its own that goes at the end.
+func stateDir(t testing.TB) string {
+	t.Helper()
 	need.Need(t, "qemu")
-	from := golden(t)
 	root, err := os.MkdirTemp(cacheDir(t), "run-*")
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { os.RemoveAll(root) })
 	dir := filepath.Join(root, "state")
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{"kernels", "images", "banger.db"} {
-		if out, err := exec.Command("cp", "-al", filepath.Join(from, name), dir).CombinedOutput(); err != nil {
+	return dir
+}
+
+// newHostIn fills dir; how says to cp whether kernel and image are linked or copied.
+func newHostIn(t testing.TB, dir, how string) *host {
+	t.Helper()
+	from := golden(t)
+	for name, how := range map[string]string{"kernels": how, "images": how, "banger.db": "--sparse=auto"} { // the database is written to
+		if out, err := exec.Command("cp", "-a", how, filepath.Join(from, name), dir).CombinedOutput(); err != nil {
 			t.Fatalf("cp: %v\n%s", err, out)
 		}
-	}
-	// The database is written to: it must be a file of its own.
-	db := filepath.Join(dir, "banger.db")
-	if out, err := exec.Command("cp", "--remove-destination", filepath.Join(from, "banger.db"), db).CombinedOutput(); err != nil {
-		t.Fatalf("cp: %v\n%s", err, out)
 	}
 	h := &host{t: t, dir: dir, env: environment(t, dir)}
 	t.Cleanup(func() {
@@ -123,7 +131,6 @@ func newHost(t testing.TB) *host {
 				syscall.Kill(pid, syscall.SIGKILL)
 			}
 		}
-		os.RemoveAll(root)
 	})
 	return h
 }

@@ -51,10 +51,8 @@ func (a *Agent) account(spec string) (account, error) {
 	return u, nil
 }
 
+// defaultUser is the configured one when the system has it, else root.
 func (a *Agent) defaultUser(passwd [][]string) string {
-	if a.opts.User != "" {
-		return a.opts.User
-	}
 	if c := a.opts.Config.User; c != nil {
 		for _, f := range passwd {
 			if f[0] == c.Name {

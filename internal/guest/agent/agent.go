@@ -30,9 +30,9 @@ import (
 const (
 	// requestTimeout bounds the time between the opening of a stream and its request.
 	requestTimeout = 30 * time.Second
-	// defaultMaxStreams is below yamux's backlog of 256, so that the one too many
-	// gets an answer.
-	defaultMaxStreams = 128
+	// maxStreams bounds the requests served at a time. It is below yamux's backlog of
+	// 256, so that the one too many gets an answer.
+	maxStreams = 128
 )
 
 // System is the machine around the agent.
@@ -47,17 +47,11 @@ type System interface {
 
 // Options are what an agent needs to know.
 type Options struct {
-	Config  wire.Config
-	Version string // of banger-guest
-	System  System
+	Config wire.Config
+	System System
 	// Root is where etc/passwd, etc/group and etc/environment are read; empty means
 	// "/". Nothing else is looked for below it.
 	Root string
-	// User is the account for requests that name none. Empty means that of
-	// Config.User when the system has it, else root.
-	User string
-	// MaxStreams bounds the requests served at a time; 0 means 128.
-	MaxStreams int
 }
 
 // Agent serves requests. Make it with New.
@@ -71,10 +65,7 @@ func New(o Options) *Agent {
 	if o.Root == "" {
 		o.Root = "/"
 	}
-	if o.MaxStreams == 0 {
-		o.MaxStreams = defaultMaxStreams
-	}
-	return &Agent{opts: o, slots: make(chan struct{}, o.MaxStreams)}
+	return &Agent{opts: o, slots: make(chan struct{}, maxStreams)}
 }
 
 // Serve serves the hosts that come to port until reading it fails.
@@ -90,7 +81,7 @@ func (a *Agent) Handle(conn net.Conn) {
 	case a.slots <- struct{}{}:
 		defer func() { <-a.slots }()
 	default:
-		refuse(s, refusal(wire.ErrOverloaded, "the guest serves %d requests already", a.opts.MaxStreams))
+		refuse(s, refusal(wire.ErrOverloaded, "the guest serves %d requests already", maxStreams))
 		return
 	}
 	defer func() {
@@ -145,7 +136,6 @@ func (a *Agent) hello(nonce string) wire.Hello {
 	h := wire.Hello{
 		ProtocolMin: wire.ProtocolMin,
 		ProtocolMax: wire.ProtocolMax,
-		Version:     a.opts.Version,
 		ID:          a.opts.Config.Identity.ID,
 		Nonce:       nonce,
 	}

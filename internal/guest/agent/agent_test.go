@@ -36,7 +36,7 @@ type testSystem struct {
 func (s *testSystem) Ready(ctx context.Context) (wire.Ready, error) {
 	select {
 	case <-s.ready:
-		return wire.Ready{System: "degraded", Failed: []string{"a.service"}}, nil
+		return wire.Ready{System: "degraded"}, nil
 	case <-ctx.Done():
 		s.note("gave up")
 		return wire.Ready{}, ctx.Err()
@@ -84,7 +84,7 @@ func newTestAgent(t *testing.T, change ...func(*Options)) *testAgent {
 		write(t, filepath.Join(root, name), text, 0o644)
 	}
 	a := &testAgent{t: t, home: home, system: newTestSystem()}
-	o := Options{Config: testConfig(), Version: "1.2", System: a.system, Root: root}
+	o := Options{Config: testConfig(), System: a.system, Root: root}
 	for _, f := range change {
 		f(&o)
 	}
@@ -207,7 +207,7 @@ func TestHello(t *testing.T) {
 	if err := a.call(wire.Request{Op: wire.OpHello, Nonce: "once"}, &h); err != nil {
 		t.Fatal(err)
 	}
-	if h.ID != "0123456789ab" || h.Nonce != "once" || h.Version != "1.2" || h.User != "root" || h.Home != a.home ||
+	if h.ID != "0123456789ab" || h.Nonce != "once" || h.User != "root" || h.Home != a.home ||
 		h.ProtocolMin != wire.ProtocolMin || h.ProtocolMax != wire.ProtocolMax || len(h.BootID) != 36 {
 		t.Errorf("%+v", h)
 	}
@@ -223,7 +223,6 @@ func TestDefaultUser(t *testing.T) {
 		{"none configured", nil, "root"},
 		{"configured", []func(*Options){configured}, "user"},
 		{"configured, not made", []func(*Options){func(o *Options) { o.Config.User = &wire.User{Name: "gone"} }}, "root"},
-		{"mapped by init", []func(*Options){configured, func(o *Options) { o.User = "nobody" }}, "nobody"},
 	} {
 		if u, err := newTestAgent(t, test.change...).account(""); err != nil || u.name != test.want {
 			t.Errorf("%s: %q, %v", test.name, u.name, err)
@@ -271,7 +270,7 @@ func TestReady(t *testing.T) {
 	}
 	close(a.system.ready)
 	var r wire.Ready
-	if err := a.call(wire.Request{Op: wire.OpReady}, &r); err != nil || r.System != "degraded" || len(r.Failed) != 1 {
+	if err := a.call(wire.Request{Op: wire.OpReady}, &r); err != nil || r.System != "degraded" {
 		t.Fatalf("%+v, %v", r, err)
 	}
 }
@@ -324,12 +323,14 @@ func TestRefusals(t *testing.T) {
 }
 
 func TestOverload(t *testing.T) {
-	a := newTestAgent(t, func(o *Options) { o.MaxStreams = 2 })
+	a := newTestAgent(t)
 	held, ended := a.dial()
 	wire.NewStream(held).SendJSON(wire.KindRequest, wire.Request{Op: wire.OpReady})
-	other, _ := a.dial()
-	wire.NewStream(other).SendJSON(wire.KindRequest, wire.Request{Op: wire.OpReady})
-	within(t, 5*time.Second, "full agent", func() bool { return len(a.slots) == 2 })
+	for range maxStreams - 1 {
+		other, _ := a.dial()
+		wire.NewStream(other).SendJSON(wire.KindRequest, wire.Request{Op: wire.OpReady})
+	}
+	within(t, 5*time.Second, "full agent", func() bool { return len(a.slots) == maxStreams })
 	var e *wire.Error
 	if err := a.call(wire.Request{Op: wire.OpHello}, nil); !errors.As(err, &e) || e.Code != wire.ErrOverloaded {
 		t.Fatalf("got %v", err)

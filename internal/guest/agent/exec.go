@@ -30,6 +30,7 @@ type command struct {
 	tty    bool
 	size   wire.Resize
 	silent bool // stderr becomes the message of the exit
+	finish bool // see wire.Exec
 }
 
 // exec runs the command that the host asks for.
@@ -54,6 +55,7 @@ func (a *Agent) exec(s *wire.Stream, r *wire.Exec, acks bool) error {
 	c := command{
 		argv: r.Argv, env: a.environ(u, r.TTY, r.Env), cred: u.credential(),
 		stdin: r.Stdin, acks: acks, tty: r.TTY, size: wire.Resize{Rows: r.Rows, Cols: r.Cols},
+		finish: r.Finish,
 	}
 	if len(c.argv) == 0 {
 		c.argv, c.login = []string{u.shell}, true

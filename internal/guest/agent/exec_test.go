@@ -2,7 +2,6 @@ package agent
 
 import (
 	"bytes"
-	"context"
 	"crypto/rand"
 	"encoding/json"
 	"errors"
@@ -162,12 +161,14 @@ type startedExec struct {
 	t     *testing.T
 }
 
-func (a *testAgent) start(e wire.Exec) *startedExec {
+func (a *testAgent) start(e wire.Exec) *startedExec { a.t.Helper(); return a.startAcks(e, false) }
+
+func (a *testAgent) startAcks(e wire.Exec, acks bool) *startedExec {
 	a.t.Helper()
 	conn, ended := a.dial()
-	conn.SetReadDeadline(time.Now().Add(30 * time.Second))
+	conn.SetDeadline(time.Now().Add(30 * time.Second))
 	x := &startedExec{Stream: wire.NewStream(conn), conn: conn, ended: ended, t: a.t}
-	x.SendJSON(wire.KindRequest, wire.Request{Op: wire.OpExec, Exec: &e})
+	x.SendJSON(wire.KindRequest, wire.Request{Op: wire.OpExec, Exec: &e, Acks: acks})
 	kind, payload, err := x.Recv()
 	var s wire.Started
 	if err != nil || kind != wire.KindStarted || json.Unmarshal(payload, &s) != nil {
@@ -233,27 +234,17 @@ func TestExecSignals(t *testing.T) {
 // A signal passes input that the command does not take.
 func TestExecSignalPassesInput(t *testing.T) {
 	a := newTestAgent(t)
-	conn, _ := a.dial()
-	signals := make(chan wire.Signal, 1)
-	sent := 0
-	in := readerFunc(func(b []byte) (int, error) {
-		if sent += len(b); sent > wire.StdinWindow && len(signals) == 0 {
-			signals <- wire.Signal{Name: "INT"}
+	x := a.startAcks(wire.Exec{Argv: []string{"sleep", "1000"}, Stdin: true}, true)
+	for range wire.StdinWindow / wire.MaxPayload {
+		if err := x.Send(wire.KindStdin, make([]byte, wire.MaxPayload)); err != nil {
+			t.Fatal(err)
 		}
-		return len(b), nil
-	})
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-	defer cancel()
-	exit, err := wire.Run(ctx, conn, wire.Request{Op: wire.OpExec, Exec: &wire.Exec{Argv: []string{"sleep", "1000"}, Stdin: true}},
-		wire.Stdio{In: in, Signals: signals})
-	if err != nil || exit.Code != 130 {
-		t.Fatalf("%+v, %v", exit, err)
+	}
+	x.SendJSON(wire.KindSignal, wire.Signal{Name: "INT"})
+	if _, exit := x.exit(); exit.Code != 130 {
+		t.Fatalf("%+v", exit)
 	}
 }
-
-type readerFunc func([]byte) (int, error)
-
-func (f readerFunc) Read(b []byte) (int, error) { return f(b) }
 
 // A host that does not ask for acknowledgements may send any amount.
 func TestExecWithoutAcks(t *testing.T) {
@@ -321,6 +312,14 @@ func TestExecHangUp(t *testing.T) {
 	within(t, 15*time.Second, "end of the command", func() bool { return !alive(x.pid) })
 	if d := time.Since(begin); d < hangupGrace {
 		t.Errorf("killed after %s", d)
+	}
+
+	// Who is to finish does not get it.
+	x = a.start(wire.Exec{Argv: []string{"sh", "-c", `trap 'echo $$ >hungup; exit' HUP; echo up; sleep 0.5; echo $$ >finished`}, Finish: true})
+	x.expect("up\n")
+	x.Close()
+	if pid := pidIn(t, a.home+"/finished"); pid != x.pid {
+		t.Errorf("%d finished", pid)
 	}
 }
 
@@ -398,14 +397,16 @@ func TestExecTerminal(t *testing.T) {
 	if _, exit := x.exit(); exit.Code != 130 {
 		t.Errorf("%+v", exit)
 	}
-	// The end of the input is ctrl-d.
-	r, err := a.exec(wire.Exec{Argv: []string{"sh", "-c", "cat; echo end"}, TTY: true}, strings.NewReader("line\n"))
-	if err != nil || !strings.HasSuffix(r.out, "line\r\nend\r\n") {
-		t.Errorf("%+v, %v", r, err)
+	// The end of the input is ctrl-d, in the midst of a line twice.
+	for input, want := range map[string]string{"line\n": "line\r\nend\r\n", "li": "liend\r\n", "": "end\r\n"} {
+		r, err := a.exec(wire.Exec{Argv: []string{"sh", "-c", "cat; echo end"}, TTY: true}, strings.NewReader(input))
+		if err != nil || !strings.HasSuffix(r.out, want) {
+			t.Errorf("%q: %+v, %v", input, r, err)
+		}
 	}
 	// A large output comes whole, last bytes included.
 	for range 20 {
-		r, err = a.exec(wire.Exec{Argv: []string{"sh", "-c", "seq 20000; echo last"}, TTY: true}, nil)
+		r, err := a.exec(wire.Exec{Argv: []string{"sh", "-c", "seq 20000; echo last"}, TTY: true}, nil)
 		if err != nil || !strings.HasSuffix(r.out, "20000\r\nlast\r\n") || strings.Count(r.out, "\n") != 20001 {
 			t.Fatalf("%d bytes, %v", len(r.out), err)
 		}

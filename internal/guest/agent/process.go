@@ -33,6 +33,7 @@ type process struct {
 	io     *stdio
 	cmd    *exec.Cmd
 	acks   bool
+	finish bool // no SIGHUP
 	stdin  *stdinQueue
 	broken chan struct{} // closed when the host is gone
 
@@ -59,7 +60,7 @@ func run(s *wire.Stream, c command) error {
 	if err != nil {
 		return err
 	}
-	p := &process{s: s, io: x, cmd: cmd, acks: c.acks, stdin: newStdinQueue(c.acks), broken: make(chan struct{})}
+	p := &process{s: s, io: x, cmd: cmd, acks: c.acks, finish: c.finish, stdin: newStdinQueue(c.acks), broken: make(chan struct{})}
 	defer p.stdin.close()
 	s.SendJSON(wire.KindStarted, wire.Started{PID: cmd.Process.Pid})
 
@@ -127,7 +128,9 @@ func (p *process) signal(sig syscall.Signal) {
 
 // hangUp ends the command as a terminal's hangup does, in the end by force.
 func (p *process) hangUp(exited <-chan struct{}) {
-	p.signal(unix.SIGHUP)
+	if !p.finish {
+		p.signal(unix.SIGHUP)
+	}
 	p.signal(unix.SIGCONT) // a stopped one could not end
 	if p.io.terminal {
 		p.io.out.Close() // reaches the other process groups of the terminal
@@ -182,16 +185,21 @@ func (p *process) control() {
 	}
 }
 
-// endOfFile is ctrl-d, which a terminal takes for the end of its input.
+// endOfFile is ctrl-d, which a terminal takes for the end of its input. In the midst
+// of a line it only ends the line.
 const endOfFile = 4
 
 // writeStdin gives the command its input. What it does not want is dropped.
 func (p *process) writeStdin() {
 	in := p.io.in
+	midLine := false
 	for {
 		data, err := p.stdin.get()
 		if err == io.EOF && in != nil {
 			if p.io.terminal {
+				if midLine {
+					in.Write([]byte{endOfFile})
+				}
 				in.Write([]byte{endOfFile})
 			} else {
 				in.Close()
@@ -200,6 +208,7 @@ func (p *process) writeStdin() {
 		if err != nil {
 			return
 		}
+		midLine = data[len(data)-1] != '\n'
 		if in != nil {
 			if _, err := in.Write(data); err != nil {
 				in = nil

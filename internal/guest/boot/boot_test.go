@@ -213,10 +213,3 @@ func TestIsUserProcess(t *testing.T) {
 		t.Error("an excepted process is listed")
 	}
 }
-
-func TestFirstFields(t *testing.T) {
-	got := firstFields("ssh.service loaded failed failed OpenSSH\n\n  a.mount loaded failed failed /a\n")
-	if want := []string{"ssh.service", "a.mount"}; !slices.Equal(got, want) {
-		t.Errorf("firstFields = %q", got)
-	}
-}

@@ -41,11 +41,8 @@ func (s *System) Ready(ctx context.Context) (wire.Ready, error) {
 		switch {
 		case ctx.Err() != nil:
 			return wire.Ready{}, fmt.Errorf("the system did not finish starting: %w", ctx.Err())
-		case state == "running":
-			return wire.Ready{System: "running"}, nil
-		case state == "degraded":
-			failed, err := failedUnits(ctx)
-			return wire.Ready{System: "degraded", Failed: failed}, err
+		case state == "running" || state == "degraded":
+			return wire.Ready{System: state}, nil
 		case state == "initializing" || state == "starting" || state == "":
 			// systemd before 240 does not wait, and one that is busy may not answer.
 			if err := pause(ctx, 250*time.Millisecond); err != nil {
@@ -55,24 +52,6 @@ func (s *System) Ready(ctx context.Context) (wire.Ready, error) {
 			return wire.Ready{}, fmt.Errorf("the system is in state %q: %w", state, err)
 		}
 	}
-}
-
-func failedUnits(ctx context.Context) ([]string, error) {
-	out, err := systemctl(ctx, "list-units", "--state=failed", "--plain", "--no-legend", "--no-pager")
-	if err != nil {
-		return nil, err
-	}
-	return firstFields(out), nil
-}
-
-func firstFields(out string) []string {
-	var units []string
-	for line := range strings.Lines(out) {
-		if f := strings.Fields(line); len(f) > 0 {
-			units = append(units, f[0])
-		}
-	}
-	return units
 }
 
 // systemctl returns the trimmed output, also when the exit code is not 0: that is

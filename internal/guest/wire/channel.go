@@ -72,7 +72,20 @@ func HostSession(ctx context.Context, raw net.Conn, magic []byte) (*yamux.Sessio
 		}
 		return nil, fmt.Errorf("cannot begin a session with the guest: %w", err)
 	}
-	return yamux.Client(&prefixConn{Conn: raw, rest: rest}, sessionConfig())
+	gated := &gatedConn{Conn: raw, open: make(chan struct{}), rest: rest}
+	sess, err := yamux.Client(gated, sessionConfig())
+	if err != nil {
+		raw.Close()
+		return nil, err
+	}
+	// Nobody here accepts a stream: those of a hostile guest would only fill memory.
+	err = sess.GoAway()
+	close(gated.open)
+	if err != nil {
+		sess.Close()
+		return nil, fmt.Errorf("cannot begin a session with the guest: %w", err)
+	}
+	return sess, nil
 }
 
 // greet sends preambles until the nonce of the last one comes back, and returns what
@@ -111,13 +124,16 @@ func greet(raw net.Conn, magic []byte) (rest []byte, err error) {
 	}
 }
 
-// prefixConn is a connection of which the beginning was read already.
-type prefixConn struct {
+// gatedConn is a connection of which the beginning, rest, was read already; no more is
+// read before open is closed.
+type gatedConn struct {
 	net.Conn
+	open chan struct{}
 	rest []byte
 }
 
-func (c *prefixConn) Read(b []byte) (int, error) {
+func (c *gatedConn) Read(b []byte) (int, error) {
+	<-c.open
 	if len(c.rest) > 0 {
 		n := copy(b, c.rest)
 		c.rest = c.rest[n:]

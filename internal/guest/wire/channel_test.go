@@ -57,6 +57,47 @@ func TestReconnectUnderBulk(t *testing.T) {
 	}
 }
 
+// A guest that opens streams, which no guest of ours does, is refused: nobody would
+// accept them, and what it writes would lie in the host's memory.
+func TestStreamsOfTheGuestAreRefused(t *testing.T) {
+	magic := randomBytes(MagicLen)
+	hostEnd, guestEnd := socketPair(t)
+	guestEnd.SetDeadline(time.Now().Add(20 * time.Second))
+	const evil = 50
+	replies := make(chan error, 1)
+	go func() {
+		preamble := make([]byte, MagicLen+NonceLen)
+		_, err := io.ReadFull(guestEnd, preamble)
+		// In one write with the nonce, so that the host has no moment in between. Frames
+		// as in yamux's spec.md: version, type (1: window update), flags (1: SYN), stream,
+		// window.
+		out := bytes.Clone(preamble[MagicLen:])
+		for k := range evil {
+			out = append(out, 0, 1, 0, 1, 0, 0, 0, byte(2*k+2), 0, 0, 0, 0)
+		}
+		_, werr := guestEnd.Write(out)
+		resets := 0
+		for err = errors.Join(err, werr); err == nil && resets < evil; {
+			frame := make([]byte, 12)
+			if _, err = io.ReadFull(guestEnd, frame); err == nil && frame[1] == 1 && frame[3] == 8 { // 8: RST
+				resets++
+			}
+		}
+		replies <- err
+	}()
+	sess, err := HostSession(t.Context(), hostEnd, magic)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer sess.Close()
+	if err := <-replies; err != nil {
+		t.Errorf("the guest's streams were not all refused: %v", err)
+	}
+	if n := sess.NumStreams(); n != 0 {
+		t.Errorf("the host keeps %d streams of the guest", n)
+	}
+}
+
 // A write that the last host never took must not hold up the next one, and not
 // appear after its nonce.
 func TestBlockedWriteOfOldSession(t *testing.T) {
@@ -186,7 +227,8 @@ func TestHostFindsNonce(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &prefixConn{Conn: raw, rest: rest}
+	c := &gatedConn{Conn: raw, open: make(chan struct{}), rest: rest}
+	close(c.open)
 	got := make([]byte, len("the session"))
 	if _, err := io.ReadFull(c, got); err != nil || string(got) != "the session" {
 		t.Fatalf("got %q, %v", got, err)

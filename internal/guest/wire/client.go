@@ -76,9 +76,6 @@ type Stdio struct {
 	In io.Reader
 	// Out and Err get the output; nil drops it. With a tty all of it goes to Out.
 	Out, Err io.Writer
-	// Resizes and Signals are passed on while the command runs; both may be nil.
-	Resizes <-chan Resize
-	Signals <-chan Signal
 }
 
 // Run runs a command, or a tar, over conn, a fresh stream to the agent, and closes
@@ -104,7 +101,6 @@ func Run(ctx context.Context, conn net.Conn, req Request, stdio Stdio) (Exit, er
 			cancel(err)
 		}
 	}()
-	go sendControl(ctx, s, stdio)
 	exit, err := receive(s, stdio, window)
 	if err != nil {
 		return Exit{}, opError(ctx, req, err)
@@ -131,31 +127,6 @@ func sendStdin(s *Stream, in io.Reader, window *Window) error {
 		}
 		if err != nil {
 			return fmt.Errorf("cannot read the input: %w", err)
-		}
-	}
-}
-
-func sendControl(ctx context.Context, s *Stream, stdio Stdio) {
-	for {
-		var err error
-		select {
-		case <-ctx.Done():
-			return
-		case v, ok := <-stdio.Resizes:
-			if !ok {
-				stdio.Resizes = nil
-				continue
-			}
-			err = s.SendJSON(KindResize, v)
-		case v, ok := <-stdio.Signals:
-			if !ok {
-				stdio.Signals = nil
-				continue
-			}
-			err = s.SendJSON(KindSignal, v)
-		}
-		if err != nil {
-			return
 		}
 	}
 }

@@ -125,34 +125,6 @@ func TestRunStdinWindow(t *testing.T) {
 	}
 }
 
-// A signal overtakes input that the command does not take.
-func TestRunSignalPassesStdin(t *testing.T) {
-	signals := make(chan Signal)
-	conn := scripted(t, func(s *Stream, _ Request) {
-		got := 0
-		for {
-			kind, payload, err := s.Recv()
-			switch {
-			case err != nil:
-				t.Errorf("no signal: %v", err)
-				return
-			case kind == KindStdin:
-				if got += len(payload); got == StdinWindow {
-					signals <- Signal{Name: "INT"}
-				}
-			case kind == KindSignal:
-				s.SendJSON(KindExit, Exit{Code: 130, Signal: "INT"})
-				return
-			}
-		}
-	})
-	endless := readerFunc(func(b []byte) (int, error) { return len(b), nil })
-	exit, err := Run(t.Context(), conn, Request{Op: OpExec}, Stdio{In: endless, Signals: signals})
-	if err != nil || exit.Code != 130 || exit.Signal != "INT" {
-		t.Fatalf("%+v, %v", exit, err)
-	}
-}
-
 type readerFunc func([]byte) (int, error)
 
 func (f readerFunc) Read(b []byte) (int, error) { return f(b) }

@@ -10,6 +10,7 @@ import (
 	"net"
 	"strings"
 	"sync"
+	"unicode"
 )
 
 // Stream sends and receives whole frames over a connection. Send may be called by
@@ -132,22 +133,25 @@ const maxMessage = 4 << 10
 
 func (e *Exit) clean() {
 	e.Code &= 0xff
-	e.Signal = cleanText(e.Signal, 16)
-	e.Message = cleanText(e.Message, maxMessage)
+	e.Signal = CleanText(e.Signal, 16)
+	e.Message = CleanText(e.Message, maxMessage)
 }
 
 func (e *Error) clean() {
-	e.Code = cleanText(e.Code, 64)
-	e.Message = cleanText(e.Message, maxMessage)
+	e.Code = CleanText(e.Code, 64)
+	e.Message = CleanText(e.Message, maxMessage)
 }
 
-// cleanText bounds s and drops control characters, line ends and tabs apart.
-func cleanText(s string, limit int) string {
+// CleanText makes a text of a guest fit to be shown: the first limit bytes of s without
+// control characters, line ends and tabs apart. The characters that turn the direction
+// of writing (UAX #9, sections 2.1 to 2.5) go too: a line may look like another.
+func CleanText(s string, limit int) string {
 	s = strings.Map(func(r rune) rune {
-		if r == '\n' || r == '\t' || r >= ' ' && r < 0x7f || r > 0x9f {
-			return r
+		turns := r >= 0x202a && r <= 0x202e || r >= 0x2066 && r <= 0x2069
+		if r != '\n' && r != '\t' && unicode.IsControl(r) || turns {
+			return -1
 		}
-		return -1
+		return r
 	}, strings.ToValidUTF8(s, "?"))
 	if len(s) > limit {
 		s = strings.ToValidUTF8(s[:limit], "")

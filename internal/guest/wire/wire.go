@@ -120,6 +120,9 @@ type Exec struct {
 	Cols uint16   `json:"cols,omitempty"`
 	// Stdin false gives the command /dev/null.
 	Stdin bool `json:"stdin,omitempty"`
+	// Finish leaves out the SIGHUP when the stream breaks: the command takes less than
+	// the 5 s, and would leave something half done.
+	Finish bool `json:"finish,omitempty"`
 }
 
 // Tree names a directory for OpTar and OpUntar.
@@ -144,23 +147,19 @@ type Clock struct {
 
 // Hello tells who answers.
 type Hello struct {
-	ProtocolMin int      `json:"protocol_min"`
-	ProtocolMax int      `json:"protocol_max"`
-	Features    []string `json:"features,omitempty"`
-	Version     string   `json:"version"` // of banger-guest
-	ID          string   `json:"id"`      // Identity.ID
-	Nonce       string   `json:"nonce"`   // of the request
-	BootID      string   `json:"boot_id"` // /proc/sys/kernel/random/boot_id
-	User        string   `json:"user"`    // the account that exec uses when none is named
-	Home        string   `json:"home"`    // its home directory
+	ProtocolMin int    `json:"protocol_min"`
+	ProtocolMax int    `json:"protocol_max"`
+	ID          string `json:"id"`      // Identity.ID
+	Nonce       string `json:"nonce"`   // of the request
+	BootID      string `json:"boot_id"` // /proc/sys/kernel/random/boot_id
+	User        string `json:"user"`    // the account that exec uses when none is named
+	Home        string `json:"home"`    // its home directory
 }
 
 // Ready tells how far the system is.
 type Ready struct {
 	// System is "running", "degraded" or "none" (there is no init).
 	System string `json:"system"`
-	// Failed names units that failed, when System is "degraded".
-	Failed []string `json:"failed,omitempty"`
 }
 
 // Started is the payload of KindStarted.
