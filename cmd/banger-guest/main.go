@@ -5,7 +5,6 @@ package main
 import (
 	"os"
 	"runtime"
-	"runtime/debug"
 
 	"banger/internal/guest/agent"
 	"banger/internal/guest/boot"
@@ -25,13 +24,5 @@ func serve(cfg wire.Config, system *boot.System, port string) error {
 	if err != nil {
 		return err
 	}
-	return agent.New(agent.Options{Config: cfg, Version: version(), System: system}).Serve(p)
-}
-
-func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	return info.Main.Version
+	return agent.New(agent.Options{Config: cfg, System: system}).Serve(p)
 }

@@ -29,7 +29,7 @@ const (
 // Config is what new VMs get when nothing is asked for, and how the daemon runs.
 type Config struct {
 	Image    string // "debian-bookworm"
-	Kernel   string // "debian-cloud"; the kernel of images that name none
+	Kernel   string // "debian-cloud"; what kernel pull gets when none is named
 	CPUs     int
 	Memory   int64 // bytes, a multiple of 1 MiB
 	Disk     int64 // bytes, a multiple of 1 MiB
@@ -94,7 +94,11 @@ func Load(h Host) (Config, error) {
 		return Default(h), nil
 	}
 	if err != nil {
-		return Config{}, &api.Error{Code: api.Invalid, Message: fmt.Sprintf("cannot read the configuration: %v", err), Err: err}
+		hint := "$EDITOR " + path
+		if explicit {
+			hint = "unset BANGER_CONFIG"
+		}
+		return Config{}, api.Errorf(api.Invalid, "cannot read the configuration: %w", err).WithHint("%s", hint)
 	}
 	c, err := Parse(path, data, h)
 	var e *api.Error
@@ -104,33 +108,23 @@ func Load(h Host) (Config, error) {
 	return c, err
 }
 
-// shape is config.toml as far as TOML's own types go. It is decoded first: the
-// decoder hands any type to UnmarshalText, and does not say on which line.
-type shape struct {
+// file is config.toml. It is decoded as far as TOML's own types go, then with the
+// values checked: the decoder hands any type to UnmarshalText, and does not say on
+// which line.
+type file[M, D, L, K any] struct {
 	Image    *string `toml:"image"`
 	Kernel   *string `toml:"kernel"`
 	CPUs     *int    `toml:"cpus"`
-	Memory   *string `toml:"memory"`
-	Disk     *string `toml:"disk"`
-	LogLevel *string `toml:"log_level"`
-	KVM      *string `toml:"kvm"`
-}
-
-// file is config.toml with its values checked.
-type file struct {
-	Image    *string  `toml:"image"`
-	Kernel   *string  `toml:"kernel"`
-	CPUs     *int     `toml:"cpus"`
-	Memory   *memory  `toml:"memory"`
-	Disk     *disk    `toml:"disk"`
-	LogLevel *level   `toml:"log_level"`
-	KVM      *kvmMode `toml:"kvm"`
+	Memory   *M      `toml:"memory"`
+	Disk     *D      `toml:"disk"`
+	LogLevel *L      `toml:"log_level"`
+	KVM      *K      `toml:"kvm"`
 }
 
 // Parse reads the contents of a config.toml over the defaults of h; path is for messages.
 func Parse(path string, data []byte, h Host) (Config, error) {
-	var f file
-	for _, into := range []any{&shape{}, &f} {
+	var f file[memory, disk, level, kvmMode]
+	for _, into := range []any{&file[string, string, string, string]{}, &f} {
 		if err := toml.NewDecoder(bytes.NewReader(data)).DisallowUnknownFields().Decode(into); err != nil {
 			return Config{}, describe(path, err)
 		}
@@ -181,7 +175,7 @@ func describe(path string, err error) error {
 	if errors.As(err, &wrong) {
 		line, _ := wrong.Position()
 		message := strings.TrimPrefix(wrong.Error(), "toml: ")
-		// "cannot decode TOML integer into struct field config.shape.Memory of type string"
+		// "cannot decode TOML integer into struct field config.file[…].Memory of type string"
 		if is, must, ok := strings.Cut(message, " into struct field "); ok {
 			message = fmt.Sprintf("it is a TOML %s, not of type %s", strings.TrimPrefix(is, "cannot decode TOML "), must[strings.LastIndex(must, " ")+1:])
 		}

@@ -2,7 +2,9 @@
 // the state directory and its layout, config.toml, and how sizes, times and names
 // are written. All of it is pure but for a few functions that say what they read.
 //
-// Every path below the state directory comes from Layout: nobody else joins one.
+// Paths below the state directory come from Layout. Made elsewhere are the paths
+// relative to a VM's directory that its shim and its VMM use (packages shim, vm and the
+// VMM's driver), and the names in a directory that one package fills, like the cache.
 package config
 
 import (
@@ -33,13 +35,15 @@ type Layout struct {
 func Dir() (Layout, error) {
 	if dir := os.Getenv("BANGER_STATE_DIR"); dir != "" {
 		if !filepath.IsAbs(dir) {
-			return Layout{}, api.Errorf(api.Invalid, "BANGER_STATE_DIR must be an absolute path, not %q", dir)
+			return Layout{}, api.Errorf(api.Invalid, "BANGER_STATE_DIR must be an absolute path, not %q", dir).
+				WithHint("set BANGER_STATE_DIR to a directory of your own")
 		}
 		return Layout{Root: filepath.Clean(dir)}, nil
 	}
 	base, err := xdg("XDG_STATE_HOME", ".local/state")
 	if err != nil {
-		return Layout{}, fmt.Errorf("cannot find the state directory: %w", err)
+		return Layout{}, api.Errorf(api.Invalid, "cannot find the state directory: %w", err).
+			WithHint("set BANGER_STATE_DIR to a directory of your own")
 	}
 	return Layout{Root: filepath.Join(base, "banger")}, nil
 }

@@ -40,8 +40,7 @@ func (l Layout) VMs() string { return l.at("vms") }
 func (l Layout) Lost() string { return l.at("lost") }
 
 // Programs holds banger-shim and banger-guest as unpacked from the daemon, in a
-// directory named after their hash. One that no running VM uses and that is not the
-// daemon's own may go.
+// directory named after their hash. The daemon removes those of others.
 func (l Layout) Programs() string { return l.at("programs") }
 
 // Program is the directory of the programs with a hash.
@@ -79,9 +78,6 @@ func (d KernelDir) Meta() string { return filepath.Join(d.path, "kernel.json") }
 // Vmlinux is the uncompressed ELF.
 func (d KernelDir) Vmlinux() string { return filepath.Join(d.path, "vmlinux") }
 
-// Vmlinuz is the compressed bzImage.
-func (d KernelDir) Vmlinuz() string { return filepath.Join(d.path, "vmlinuz") }
-
 // ModulesDisk is an ext4 with all modules, for the guest's /lib/modules/RELEASE.
 func (d KernelDir) ModulesDisk() string { return filepath.Join(d.path, "modules.ext4") }
 
@@ -107,7 +103,7 @@ func (d VMDir) Record() string { return filepath.Join(d.path, "record.json") }
 func (d VMDir) Disk() string { return filepath.Join(d.path, "disk") }
 
 // Run holds what belongs to one run. It is made by start and removed when the VM is
-// stopped.
+// stopped. The shim's files in it are package shim's, the VMM's sockets its driver's.
 func (d VMDir) Run() string { return filepath.Join(d.path, "run") }
 
 func (d VMDir) run(name string) string { return filepath.Join(d.path, "run", name) }
@@ -115,14 +111,8 @@ func (d VMDir) run(name string) string { return filepath.Join(d.path, "run", nam
 // Lock is held, by an OFD lock, exactly while the VM is alive. Package shim makes it.
 func (d VMDir) Lock() string { return d.run("lock") }
 
-// Handles is what the VM holds on the host, written by package vm before each step.
+// Handles is what the VM holds on the host, written by package vm after each step.
 func (d VMDir) Handles() string { return d.run("handles.json") }
-
-// ShimConfig is what the shim is told, written by the daemon before it forks.
-func (d VMDir) ShimConfig() string { return d.run("shim.json") }
-
-// Processes names the processes of the run, written by the shim.
-func (d VMDir) Processes() string { return d.run("processes.json") }
 
 // Kernel is a link to the kernel of this run.
 func (d VMDir) Kernel() string { return d.run("kernel") }
@@ -133,25 +123,9 @@ func (d VMDir) Modules() string { return d.run("modules") }
 // Initrd is the initramfs of this run, with the guest's configuration.
 func (d VMDir) Initrd() string { return d.run("initrd") }
 
-// QMP is QEMU's monitor socket, made by QEMU.
-func (d VMDir) QMP() string { return d.run("qmp.sock") }
-
-// Agent is the socket of the guest channel, made by the VMM.
-func (d VMDir) Agent() string { return d.run("agent.sock") }
-
-// Log holds what the runs left behind, bounded, until rm.
+// Log holds what the runs left behind, bounded, until rm. What is in it is package
+// shim's.
 func (d VMDir) Log() string { return filepath.Join(d.path, "log") }
 
-func (d VMDir) log(name string) string { return filepath.Join(d.path, "log", name) }
-
-// Console is the newest part of the guest's console, written by the shim.
-func (d VMDir) Console() string { return d.log("console") }
-
-// ConsoleOld is the part before Console, when that had become too long.
-func (d VMDir) ConsoleOld() string { return d.log("console.1") }
-
-// Exit tells how the last run ended, written by the shim.
-func (d VMDir) Exit() string { return d.log("exit.json") }
-
-// VMMStderr is what the VMM wrote to its standard error, the last part of it.
-func (d VMDir) VMMStderr() string { return d.log("vmm.stderr") }
+// Console is the newest part of the guest's console.
+func (d VMDir) Console() string { return filepath.Join(d.path, "log", "console") }

@@ -22,7 +22,7 @@
 //	        3  write run/shim.json (temp file, rename)
 //	        4  fork and exec banger-shim: own session, cwd DIR, /dev/null as 0 1 2,
 //	           the lock as 3, the report pipe as 4, nothing else
-//	        5  close the lock, read the report
+//	        5  close the lock, read the report and then run/processes.json
 //	shim    6  lock its thread, close what it should not have, check that 3 is the lock
 //	        7  write run/processes.json with itself alone
 //	        8  fork and exec the VMM with Pdeathsig SIGKILL

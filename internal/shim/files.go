@@ -38,8 +38,6 @@ type Config struct {
 	Argv []string `json:"argv"`
 	// Env is complete: nothing is inherited.
 	Env []string `json:"env"`
-	// ConsoleLimit bounds each of the two console files, in bytes; 0 is 1 MiB.
-	ConsoleLimit int64 `json:"console_limit"`
 }
 
 // Process names a process within one boot of the host.
@@ -49,7 +47,7 @@ type Process struct {
 	StartTime uint64 `json:"start_time"`
 }
 
-// Supervised is run/processes.json.
+// Supervised is run/processes.json: who runs a VM.
 type Supervised struct {
 	Version int `json:"version"`
 	// BootID is /proc/sys/kernel/random/boot_id of the host.

@@ -65,7 +65,7 @@ func playDaemon(dir string, argv []string) {
 		fmt.Println("failed", err)
 		syscall.Exit(1)
 	}
-	fmt.Println("launched", started.PID, started.VMM.PID)
+	fmt.Println("launched", started.Shim.PID, started.VMM.PID)
 	select {}
 }
 
@@ -144,23 +144,23 @@ func sleeper() Config { return Config{Argv: []string{"sleep", "1000"}} }
 
 func program() string { return os.Getenv(programs) }
 
-func launchVM(t *testing.T, dir string, cfg Config) Started {
+func launchVM(t *testing.T, dir string, cfg Config) Supervised {
 	t.Helper()
 	s, err := Launch(t.Context(), dir, program(), cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		_ = syscall.Kill(s.PID, syscall.SIGKILL)
+		_ = syscall.Kill(s.Shim.PID, syscall.SIGKILL)
 		awaitDone(t, s)
 	})
 	return s
 }
 
 // awaitDone waits until the shim has ended and was reaped.
-func awaitDone(t *testing.T, s Started) {
+func awaitDone(t *testing.T, s Supervised) {
 	t.Helper()
-	eventually(t, "the shim has ended", func() bool { return state(s.PID) == "" })
+	eventually(t, "the shim has ended", func() bool { return state(s.Shim.PID) == "" })
 }
 
 func eventually(t *testing.T, what string, cond func() bool) {

@@ -14,8 +14,7 @@ import (
 	"time"
 )
 
-// ErrLocked is what Launch says when the VM runs already.
-var ErrLocked = errors.New("the VM runs already")
+var errLocked = errors.New("the VM runs already")
 
 // StartError is a VMM that could not be started, in the shim's words.
 type StartError struct {
@@ -33,73 +32,61 @@ func (e *StartError) Unwrap() error {
 	return e.Errno
 }
 
-// Started is a supervised VM.
-type Started struct {
-	// PID and StartTime name the shim, VMM the process that runs the guest.
-	PID       int
-	StartTime uint64
-	VMM       Process
-}
-
 // Launch starts the supervisor program, and it the VMM, in the VM's directory dir,
 // and returns when the VMM has been exec'd. It makes dir/run and dir/log when they
 // are missing. When it fails, nothing is left running: a VMM that cannot be
-// started is a *StartError, a VM that runs already is ErrLocked, and when ctx ends
-// first the shim is killed and ctx's error returned. The shim is reaped inside.
-func Launch(ctx context.Context, dir, program string, cfg Config) (Started, error) {
-	started, err := launch(ctx, dir, program, cfg)
+// started is a *StartError, and when ctx ends first the shim is killed and ctx's error
+// returned; a VM that runs already is not touched. The shim is reaped inside.
+func Launch(ctx context.Context, dir, program string, cfg Config) (Supervised, error) {
+	who, err := launch(ctx, dir, program, cfg)
 	if err != nil {
-		return Started{}, fmt.Errorf("cannot start the VM's supervisor: %w", err)
+		return Supervised{}, fmt.Errorf("cannot start the VM's supervisor: %w", err)
 	}
-	return started, nil
+	return who, nil
 }
 
-func launch(ctx context.Context, dir, program string, cfg Config) (Started, error) {
+func launch(ctx context.Context, dir, program string, cfg Config) (who Supervised, err error) {
 	if err := ctx.Err(); err != nil {
-		return Started{}, err
+		return who, err
 	}
 	if len(cfg.Argv) == 0 {
-		return Started{}, errors.New("no command given")
+		return who, errors.New("no command given")
 	}
-	program, err := filepath.Abs(program)
-	if err != nil {
-		return Started{}, err
+	if program, err = filepath.Abs(program); err != nil {
+		return who, err
 	}
 	lock, err := takeLock(dir)
 	if err != nil {
-		return Started{}, err
+		return who, err
 	}
 	defer lock.Close()
 	if err := prepare(dir, cfg); err != nil {
-		return Started{}, err
+		return who, err
 	}
 	report, reportWriter, err := os.Pipe()
 	if err != nil {
-		return Started{}, err
+		return who, err
 	}
 	defer report.Close()
 	process, err := fork(dir, program, lock, reportWriter)
 	reportWriter.Close()
 	lock.Close()
 	if err != nil {
-		return Started{}, err
+		return who, err
 	}
-	self, err := identify(process.Pid)
 	done := make(chan struct{})
 	go func() {
 		_, _ = process.Wait()
 		close(done)
 	}()
-	var vmm Process
-	if err == nil {
-		vmm, err = readReport(ctx, report)
+	if err = readReport(ctx, report); err == nil {
+		who, err = Processes(dir) // complete before the report
 	}
 	if err != nil {
 		_ = process.Kill()
 		<-done
-		return Started{}, err
 	}
-	return Started{PID: self.PID, StartTime: self.StartTime, VMM: vmm}, nil
+	return who, err
 }
 
 // takeLock opens and locks dir/run/lock.
@@ -117,7 +104,7 @@ func takeLock(dir string) (*os.File, error) {
 	lock := wholeFile(syscall.F_WRLCK)
 	err = fcntlLock(file.Fd(), ofdSetLock, &lock)
 	if errors.Is(err, syscall.EAGAIN) || errors.Is(err, syscall.EACCES) {
-		err = ErrLocked
+		err = errLocked
 	}
 	if err == nil {
 		err = samePath(file, path)
@@ -173,30 +160,27 @@ func fork(dir, program string, lock, report *os.File) (*os.Process, error) {
 	})
 }
 
-// The report is one line, "ok PID STARTTIME" or "error ERRNO TEXT", then the end
-// of the stream.
-func readReport(ctx context.Context, report *os.File) (Process, error) {
+// readReport waits for the shim's report: one line, "ok" or "error ERRNO TEXT", then
+// the end of the stream.
+func readReport(ctx context.Context, report *os.File) error {
 	stop := context.AfterFunc(ctx, func() { _ = report.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
 	data, err := io.ReadAll(io.LimitReader(report, 64<<10))
 	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return Process{}, ctx.Err()
+		return ctx.Err()
 	}
 	if err != nil {
-		return Process{}, err
+		return err
 	}
-	kind, rest, _ := strings.Cut(strings.TrimSuffix(string(data), "\n"), " ")
-	first, rest, _ := strings.Cut(rest, " ")
-	number, err := strconv.Atoi(first)
-	if err != nil || (kind != "ok" && kind != "error") {
-		return Process{}, errors.New("it ended before it started anything")
+	line, whole := strings.CutSuffix(string(data), "\n")
+	if whole && line == "ok" {
+		return nil
 	}
-	if kind == "error" {
-		return Process{}, &StartError{Text: rest, Errno: syscall.Errno(number)}
+	if rest, ok := strings.CutPrefix(line, "error "); ok {
+		number, text, _ := strings.Cut(rest, " ")
+		if errno, err := strconv.Atoi(number); err == nil {
+			return &StartError{Text: text, Errno: syscall.Errno(errno)}
+		}
 	}
-	start, err := strconv.ParseUint(rest, 10, 64)
-	if err != nil {
-		return Process{}, errors.New("it ended before it started anything")
-	}
-	return Process{PID: number, StartTime: start}, nil
+	return errors.New("it ended before it started anything")
 }

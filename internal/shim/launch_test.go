@@ -29,7 +29,7 @@ func TestRunAndEnd(t *testing.T) {
 	dir := t.TempDir()
 	before := time.Now()
 	s := launchVM(t, dir, vmm(t, "exit", "3", "booting\r\n\x1b[32mOK\x1b[0m\r\nbanger-intent: reboot\r\n", "qemu: oops\n"))
-	if s.PID == 0 || s.StartTime == 0 || s.VMM.PID == 0 || s.VMM.StartTime < s.StartTime {
+	if s.Shim.PID == 0 || s.Shim.StartTime == 0 || s.VMM.PID == 0 || s.VMM.StartTime < s.Shim.StartTime {
 		t.Errorf("started %+v", s)
 	}
 	who, err := Processes(dir)
@@ -40,8 +40,8 @@ func TestRunAndEnd(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := (Supervised{Version: 1, BootID: boot, Shim: Process{s.PID, s.StartTime}, VMM: s.VMM}); who != want {
-		t.Errorf("processes.json has %+v, want %+v", who, want)
+	if s.Version != 1 || s.BootID != boot || who != s {
+		t.Errorf("processes.json has %+v, Launch said %+v", who, s)
 	}
 	awaitDone(t, s)
 	if held(t, dir) {
@@ -163,7 +163,7 @@ func TestSecondLaunchIsRefusedAndTouchesNothing(t *testing.T) {
 	dir := t.TempDir()
 	s := launchVM(t, dir, sleeper())
 	before := snapshot(t, dir)
-	if _, err := Launch(t.Context(), dir, program(), Config{Argv: []string{"true"}}); !errors.Is(err, ErrLocked) {
+	if _, err := Launch(t.Context(), dir, program(), Config{Argv: []string{"true"}}); !errors.Is(err, errLocked) {
 		t.Fatalf("error %v", err)
 	}
 	if after := snapshot(t, dir); !reflect.DeepEqual(before, after) {
@@ -210,7 +210,7 @@ func TestLaunchForgetsTheRunBefore(t *testing.T) {
 		t.Errorf("processes.json has %+v, %v", who, err)
 	}
 	// Killed before it could say anything: no exit.json, rather than the old one.
-	if err := syscall.Kill(s.PID, syscall.SIGKILL); err != nil {
+	if err := syscall.Kill(s.Shim.PID, syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
 	awaitDone(t, s)
@@ -254,7 +254,7 @@ func TestNothingIsInherited(t *testing.T) {
 		t.Fatal(err)
 	}
 	locks := 0
-	for fd, file := range descriptors(t, s.PID) {
+	for fd, file := range descriptors(t, s.Shim.PID) {
 		if file == leaked {
 			t.Errorf("the shim has the leaked pipe as %d", fd)
 		}
@@ -273,7 +273,7 @@ func TestNothingIsInherited(t *testing.T) {
 	if env, err := os.ReadFile("/proc/" + strconv.Itoa(s.VMM.PID) + "/environ"); err != nil || string(env) != "A=1\x00" {
 		t.Errorf("the VMM's environment is %q, %v", env, err)
 	}
-	if env, err := os.ReadFile("/proc/" + strconv.Itoa(s.PID) + "/environ"); err != nil || strings.Contains(string(env), "SECRET") {
+	if env, err := os.ReadFile("/proc/" + strconv.Itoa(s.Shim.PID) + "/environ"); err != nil || strings.Contains(string(env), "SECRET") {
 		t.Errorf("the shim's environment is %q, %v", env, err)
 	}
 	status, err := os.ReadFile("/proc/" + strconv.Itoa(s.VMM.PID) + "/status")
@@ -289,8 +289,8 @@ func TestNothingIsInherited(t *testing.T) {
 		}
 	}
 	sid, _, errno := syscall.Syscall(syscall.SYS_GETSID, uintptr(s.VMM.PID), 0, 0)
-	if errno != 0 || int(sid) != s.PID {
-		t.Errorf("the VMM's session is %d, want the shim's %d (%v)", sid, s.PID, errno)
+	if errno != 0 || int(sid) != s.Shim.PID {
+		t.Errorf("the VMM's session is %d, want the shim's %d (%v)", sid, s.Shim.PID, errno)
 	}
 	if cwd, _ := os.Readlink("/proc/" + strconv.Itoa(s.VMM.PID) + "/cwd"); cwd != dir {
 		t.Errorf("the VMM runs in %s", cwd)
@@ -323,7 +323,7 @@ func TestSignals(t *testing.T) {
 		s := launchVM(t, dir, sleeper())
 		for _, sig := range []syscall.Signal{syscall.SIGHUP, syscall.SIGINT, syscall.SIGPIPE, syscall.SIGQUIT,
 			syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGALRM, syscall.SIGXFSZ, syscall.SIGTERM} {
-			if err := syscall.Kill(s.PID, sig); err != nil {
+			if err := syscall.Kill(s.Shim.PID, sig); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -339,7 +339,7 @@ func TestSignals(t *testing.T) {
 			data, _ := os.ReadFile(filepath.Join(dir, consoleFile))
 			return string(data) == "ready\n"
 		})
-		if err := syscall.Kill(s.PID, syscall.SIGTERM); err != nil {
+		if err := syscall.Kill(s.Shim.PID, syscall.SIGTERM); err != nil {
 			t.Fatal(err)
 		}
 		awaitDone(t, s)
@@ -435,7 +435,7 @@ func TestResidentSet(t *testing.T) {
 		data, _ := os.ReadFile(filepath.Join(dir, consoleFile))
 		return len(data) > 0
 	})
-	status, err := os.ReadFile("/proc/" + strconv.Itoa(s.PID) + "/status")
+	status, err := os.ReadFile("/proc/" + strconv.Itoa(s.Shim.PID) + "/status")
 	if err != nil {
 		t.Fatal(err)
 	}

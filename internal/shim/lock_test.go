@@ -61,7 +61,7 @@ func TestAskingTakesNothing(t *testing.T) {
 func TestPidsSayNothing(t *testing.T) {
 	dir := t.TempDir()
 	s := launchVM(t, dir, sleeper())
-	if err := syscall.Kill(s.PID, syscall.SIGKILL); err != nil {
+	if err := syscall.Kill(s.Shim.PID, syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
 	awaitDone(t, s)
@@ -139,7 +139,7 @@ func TestKilledShimTakesTheVMM(t *testing.T) {
 func TestVMMIsForkedFromTheFirstThread(t *testing.T) {
 	dir := t.TempDir()
 	s := launchVM(t, dir, sleeper())
-	pid := strconv.Itoa(s.PID)
+	pid := strconv.Itoa(s.Shim.PID)
 	data, err := os.ReadFile("/proc/" + pid + "/task/" + pid + "/children")
 	if err != nil {
 		t.Fatal(err)

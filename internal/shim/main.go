@@ -47,7 +47,7 @@ func Main() int {
 		report("error " + strconv.Itoa(int(errnoOf(err))) + " " + err.Error())
 		return 1
 	}
-	report("ok " + strconv.Itoa(s.vmm.PID) + " " + strconv.FormatUint(s.vmm.StartTime, 10))
+	report("ok")
 	go s.forward(signals)
 	s.record(s.wait())
 	return 0
@@ -132,7 +132,7 @@ func (s *supervisor) start() error {
 	if err != nil {
 		return err
 	}
-	s.console = newConsole(cfg.ConsoleLimit)
+	s.console = newConsole(consoleLimit)
 	s.stderr = newStderrLog()
 	who := Supervised{Version: fileVersion, BootID: boot, Shim: self}
 	if err := writeJSON(processesFile, who, false); err != nil {

@@ -9,13 +9,13 @@ import (
 )
 
 const (
-	defaultConsoleLimit = 1 << 20
-	consoleTail         = 8 << 10
-	stderrHead          = 16 << 10
-	stderrTail          = 16 << 10
-	exitStderr          = 4 << 10
-	exitLines           = 20
-	exitLineBytes       = 512
+	consoleLimit  = 1 << 20 // of each of the two files, in bytes
+	consoleTail   = 8 << 10
+	stderrHead    = 16 << 10
+	stderrTail    = 16 << 10
+	exitStderr    = 4 << 10
+	exitLines     = 20
+	exitLineBytes = 512
 	// intentPrefix is wire.IntentPrefix; a test compares them.
 	intentPrefix = "banger-intent: "
 )
@@ -97,9 +97,6 @@ type console struct {
 
 // newConsole goes on where the run before left off.
 func newConsole(limit int64) *console {
-	if limit <= 0 {
-		limit = defaultConsoleLimit
-	}
 	c := &console{limit: limit, old: consoleOld, file: logFile{path: consoleFile}, end: newTail(consoleTail)}
 	c.file.open(0)
 	return c

@@ -18,11 +18,8 @@ import (
 
 func TestConsoleIsBounded(t *testing.T) {
 	dir := t.TempDir()
-	const limit = 64 << 10
-	const lines = 50_000 // 2 MB
-	cfg := vmm(t, "spam", fmt.Sprint(lines), "banger-intent: poweroff\n")
-	cfg.ConsoleLimit = limit
-	awaitDone(t, launchVM(t, dir, cfg))
+	const lines = 100_000 // 4 MB
+	awaitDone(t, launchVM(t, dir, vmm(t, "spam", fmt.Sprint(lines), "banger-intent: poweroff\n")))
 
 	var whole bytes.Buffer
 	for i := range lines {
@@ -37,7 +34,7 @@ func TestConsoleIsBounded(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(old) != limit || len(now) == 0 || len(now) > limit {
+	if len(old) != consoleLimit || len(now) == 0 || len(now) > consoleLimit {
 		t.Errorf("the files have %d and %d bytes", len(old), len(now))
 	}
 	if !bytes.HasSuffix(whole.Bytes(), append(old, now...)) {
@@ -156,7 +153,7 @@ func TestFullDiskThatIsFreed(t *testing.T) {
 	if err := os.Remove(filepath.Join(log, "ballast")); err != nil {
 		t.Fatal(err)
 	}
-	if err := syscall.Kill(s.PID, syscall.SIGTERM); err != nil {
+	if err := syscall.Kill(s.Shim.PID, syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
 	awaitDone(t, s)

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"banger/internal/config"
+	"banger/internal/daemon/qemuproc"
 	"banger/internal/daemon/rootdisk"
 	"banger/internal/daemon/store"
 	"banger/internal/daemon/vm"
@@ -39,7 +40,7 @@ func (i *instance) capture(id string) (*recipe, error) {
 	var cfg shim.Config
 	var handles vm.Handles
 	var rec store.VM
-	for path, into := range map[string]any{from.ShimConfig(): &cfg, from.Handles(): &handles, from.Record(): &rec} {
+	for path, into := range map[string]any{filepath.Join(from.Run(), "shim.json"): &cfg, from.Handles(): &handles, from.Record(): &rec} {
 		data, err := os.ReadFile(path)
 		if err != nil {
 			return nil, err
@@ -100,7 +101,7 @@ func (h *host) place(ctx context.Context, r *recipe, name string) (*bare, error)
 		return nil, err
 	}
 	b.serial = wire.NewSerial(func(ctx context.Context) (net.Conn, error) {
-		return wire.DialUnix(ctx, b.dir.Path(), filepath.Join("run", filepath.Base(b.dir.Agent())))
+		return wire.DialUnix(ctx, b.dir.Path(), qemuproc.AgentSocket)
 	}, r.magic)
 	return b, nil
 }

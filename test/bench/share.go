@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"path/filepath"
 	"time"
 
 	bangerv1 "banger/api/banger/v1"
@@ -110,7 +111,7 @@ func (b *bench) createAndExec(ctx context.Context, c *client, name string) (crea
 	// The shim writes processes.json anew when QEMU was executed, the daemon handles.json
 	// when the agent has said hello.
 	dir := c.i.layout.VM(v.Id)
-	executed, err := os.Stat(dir.Processes())
+	executed, err := os.Stat(filepath.Join(dir.Run(), "processes.json"))
 	if err != nil {
 		return m, nil, err
 	}

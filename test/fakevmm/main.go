@@ -87,7 +87,7 @@ func run() error {
 	if err := m.makeGuest(); err != nil {
 		return err
 	}
-	if m.watcher, err = startWatcher(m.dir); err != nil {
+	if m.watcher, err = startWatcher(m.mark()); err != nil {
 		return err
 	}
 	return m.boot()
@@ -102,7 +102,7 @@ func (m *machine) boot() error {
 		return err
 	}
 	go port.accept(agentSocket)
-	a := agent.New(agent.Options{Config: m.config, Version: "fake", System: m, Root: filepath.Join(m.dir, "guest")})
+	a := agent.New(agent.Options{Config: m.config, System: m, Root: filepath.Join(m.dir, "guest")})
 	go wire.ServeGuest(port, m.config.Magic, func(conn net.Conn) {
 		if m.scenario() == fake.Stall {
 			return // the stream stays open and unanswered
@@ -156,7 +156,7 @@ func (m *machine) control(l net.Listener) {
 func (m *machine) Ready(ctx context.Context) (wire.Ready, error) {
 	switch m.scenario() {
 	case fake.Degraded:
-		return wire.Ready{System: "degraded", Failed: []string{"fake.service"}}, nil
+		return wire.Ready{System: "degraded"}, nil
 	case fake.NeverReady:
 		<-ctx.Done()
 		return wire.Ready{}, ctx.Err()
@@ -186,7 +186,7 @@ func (m *machine) SetClock(t time.Time) error {
 
 // end ends the process. An intent is the last line of the console.
 func (m *machine) end(intent string) {
-	killGuest(m.dir)
+	killGuest(m.mark())
 	m.console.Lock()
 	if intent != "" {
 		fmt.Printf("%s%s\n", wire.IntentPrefix, intent)
@@ -222,7 +222,7 @@ func (m *machine) makeGuest() error {
 	files := map[string]string{
 		"etc/passwd":      passwd,
 		"etc/group":       fmt.Sprintf("root:x:%d:\n", os.Getegid()),
-		"etc/environment": "PATH=" + path + "\n" + mark(m.dir) + "\n",
+		"etc/environment": "PATH=" + path + "\n" + m.mark() + "\n",
 		"bin/poweroff":    fmt.Sprintf("#!/bin/sh\nexec kill -USR1 %d\n", os.Getpid()),
 		"bin/reboot":      fmt.Sprintf("#!/bin/sh\nexec kill -USR2 %d\n", os.Getpid()),
 	}
@@ -249,18 +249,21 @@ func closeOnExec() error {
 	return nil
 }
 
-// mark is the variable by which all processes of a guest are found.
-func mark(dir string) string { return "BANGER_FAKE_GUEST=" + dir }
+// mark is the variable by which all processes of this boot of the guest are found: the
+// watcher of one that died must not end those of the next.
+func (m *machine) mark() string {
+	return fmt.Sprintf("BANGER_FAKE_GUEST=%s#%d", m.dir, os.Getpid())
+}
 
-// killGuest ends all processes of the guest in dir.
-func killGuest(dir string) {
+// killGuest ends all processes with a mark.
+func killGuest(mark string) {
 	for range 100 { // a process may be made while the others are ended
 		found := false
 		environs, _ := filepath.Glob("/proc/[0-9]*/environ")
 		for _, path := range environs {
 			env, err := os.ReadFile(path)
 			var pid int
-			if err != nil || !bytes.Contains(append([]byte{0}, env...), []byte("\x00"+mark(dir)+"\x00")) {
+			if err != nil || !bytes.Contains(append([]byte{0}, env...), []byte("\x00"+mark+"\x00")) {
 				continue
 			}
 			if _, err := fmt.Sscanf(path, "/proc/%d/", &pid); err == nil && pid != os.Getpid() {

@@ -13,14 +13,14 @@ const watcherName = "fakevmm-watcher"
 
 // startWatcher starts it. It learns of this process's end by its stdin, the other end
 // of which is returned: it must stay open.
-func startWatcher(dir string) (*os.File, error) {
+func startWatcher(mark string) (*os.File, error) {
 	r, w, err := os.Pipe()
 	if err != nil {
 		return nil, err
 	}
 	defer r.Close()
 	cmd := &exec.Cmd{
-		Path: "/proc/self/exe", Args: []string{watcherName, dir}, Dir: "/", Env: []string{},
+		Path: "/proc/self/exe", Args: []string{watcherName, mark}, Dir: "/", Env: []string{},
 		Stdin: r, SysProcAttr: &syscall.SysProcAttr{Setsid: true},
 	}
 	if err := cmd.Start(); err != nil {
@@ -31,7 +31,7 @@ func startWatcher(dir string) (*os.File, error) {
 	return w, nil
 }
 
-func watch(dir string) {
+func watch(mark string) {
 	io.Copy(io.Discard, os.Stdin)
-	killGuest(dir)
+	killGuest(mark)
 }

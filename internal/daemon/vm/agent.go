@@ -107,7 +107,7 @@ func (m *Manager) call(ctx context.Context, d dialer, req wire.Request, reply an
 // waitSystem waits until the guest's init has reached its target. The VM ending
 // meanwhile breaks the stream, which ends the wait.
 func (m *Manager) waitSystem(ctx context.Context, v *machine, verb string) error {
-	ctx, cancel := context.WithTimeout(ctx, m.systemTimeout)
+	ctx, cancel := context.WithTimeout(ctx, systemTimeout)
 	defer cancel()
 	var ready wire.Ready
 	err := m.call(ctx, v.channel, wire.Request{Op: wire.OpReady}, &ready)
@@ -123,7 +123,7 @@ func (m *Manager) waitSystem(ctx context.Context, v *machine, verb string) error
 			hint = "banger create --ready agent"
 		}
 		return &api.Error{Code: api.Unresponsive, Err: err,
-			Message: fmt.Sprintf("the guest's system did not get ready within %s%s", m.systemTimeout, v.consoleText()),
+			Message: fmt.Sprintf("the guest's system did not get ready within %s%s", systemTimeout, v.consoleText()),
 			Hint:    hint}
 	}
 	return err
@@ -179,7 +179,7 @@ func (m *Manager) explainEnd(v *machine, err error) error {
 	}
 	msg := fmt.Sprintf("%v (%s)", err, describeExit(e))
 	if text != "" {
-		msg += ":\n" + indent(printable(text))
+		msg += ":\n" + indent(wire.CleanText(text, 4<<10))
 	}
 	return &api.Error{Code: api.Ended, Message: msg, Hint: "banger doctor", Err: err}
 }
@@ -209,7 +209,7 @@ func (v *machine) consoleText() string {
 	if err != nil || len(data) == 0 {
 		return "; the console is empty"
 	}
-	return "; the console ends with:\n" + indent(printable(lastLines(string(data), 10)))
+	return "; the console ends with:\n" + indent(wire.CleanText(lastLines(string(data), 10), 8<<10))
 }
 
 func lastLines(s string, n int) string {
@@ -219,17 +219,6 @@ func lastLines(s string, n int) string {
 
 func indent(s string) string {
 	return "  " + strings.ReplaceAll(s, "\n", "\n  ")
-}
-
-// printable drops what a terminal would take for a command: the text comes from a
-// guest.
-func printable(s string) string {
-	return strings.Map(func(r rune) rune {
-		if r == '\n' || r == '\t' || (r >= ' ' && r != 0x7f && (r < 0x80 || r > 0x9f)) {
-			return r
-		}
-		return -1
-	}, s)
 }
 
 func notFound(ref string) error {

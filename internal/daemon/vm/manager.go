@@ -56,36 +56,34 @@ type Options struct {
 	Images   Images
 	Checker  *locks.Checker
 	Logger   *slog.Logger
-	// AgentTimeout bounds the time from the start of the VMM to the agent's hello,
-	// SystemTimeout from there to the system being ready. Zero means the default.
-	AgentTimeout  time.Duration
-	SystemTimeout time.Duration
+	// AgentTimeout bounds the time from the start of the VMM to the agent's hello. Zero
+	// means the default.
+	AgentTimeout time.Duration
 	// Hook is called at each step of an operation, see Manager.at. Nil outside of tests.
 	Hook func(point string) error
 }
 
-// The defaults of Options: a guest under software emulation on a loaded machine
-// has been seen to take a tenth of these.
+// A guest under software emulation on a loaded machine has been seen to take a tenth of
+// these. systemTimeout bounds the time from the agent's hello to the system being ready.
 const (
-	defaultAgentTimeout  = 2 * time.Minute
-	defaultSystemTimeout = 5 * time.Minute
+	defaultAgentTimeout = 2 * time.Minute
+	systemTimeout       = 5 * time.Minute
 )
 
 // Manager owns all VMs of one instance.
 type Manager struct {
-	layout        config.Layout
-	limits        config.Host
-	store         *store.Store
-	host          driver.Host
-	programs      Programs
-	images        Images
-	workspaces    Workspaces
-	checker       *locks.Checker
-	log           *slog.Logger
-	agentTimeout  time.Duration
-	systemTimeout time.Duration
-	hook          func(point string) error
-	bootID        string // of the host
+	layout       config.Layout
+	limits       config.Host
+	store        *store.Store
+	host         driver.Host
+	programs     Programs
+	images       Images
+	workspaces   Workspaces
+	checker      *locks.Checker
+	log          *slog.Logger
+	agentTimeout time.Duration
+	hook         func(point string) error
+	bootID       string // of the host
 
 	slots    *opstate.Slots
 	vmLocks  *locks.Set
@@ -114,7 +112,7 @@ func New(o Options) (*Manager, error) {
 	m := &Manager{
 		layout: o.Layout, limits: o.Limits, store: o.Store, host: o.Host, programs: o.Programs,
 		images: o.Images, checker: o.Checker, log: o.Logger,
-		agentTimeout: o.AgentTimeout, systemTimeout: o.SystemTimeout, hook: o.Hook, bootID: bootID,
+		agentTimeout: o.AgentTimeout, hook: o.Hook, bootID: bootID,
 		slots:    opstate.NewSlots(),
 		vmLocks:  locks.NewSet(o.Checker, locks.RankVM, "vmLocks"),
 		createMu: locks.NewMutex(o.Checker, locks.RankCreate, "createVMMu"),
@@ -122,9 +120,6 @@ func New(o Options) (*Manager, error) {
 	}
 	if m.agentTimeout == 0 {
 		m.agentTimeout = defaultAgentTimeout
-	}
-	if m.systemTimeout == 0 {
-		m.systemTimeout = defaultSystemTimeout
 	}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	m.leases = newLeases(m.expire)

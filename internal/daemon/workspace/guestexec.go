@@ -29,6 +29,8 @@ const (
 	// maxSaid bounds what git may say of a checkout: a line for each file that it cannot
 	// write.
 	maxSaid = 1 << 20
+	// maxShown is how much of that an error shows, in bytes.
+	maxShown = 300
 )
 
 // guest runs commands in one VM.
@@ -67,23 +69,9 @@ func (e *guestError) Error() string {
 	text := fmt.Sprintf("%s in the guest: exit status %d", name, e.code)
 	lines := strings.FieldsFunc(e.stderr, func(r rune) bool { return r == '\n' || r == '\r' })
 	if len(lines) > 0 {
-		text += ": " + unescaped(lines[len(lines)-1])
+		text += ": " + wire.CleanText(lines[len(lines)-1], maxShown)
 	}
 	return text
-}
-
-// unescaped drops what a terminal would take for a command, and bounds the rest.
-func unescaped(s string) string {
-	s = strings.Map(func(r rune) rune {
-		if r < ' ' || r >= 0x7f && r < 0xa0 {
-			return -1
-		}
-		return r
-	}, strings.ToValidUTF8(s, "?"))
-	if len(s) > 300 {
-		s = strings.ToValidUTF8(s[:300], "") + " …"
-	}
-	return s
 }
 
 func (g guest) run(ctx context.Context, c command) ([]byte, error) {
@@ -91,7 +79,7 @@ func (g guest) run(ctx context.Context, c command) ([]byte, error) {
 	if c.slow {
 		limit = slowTime
 	}
-	late := api.Errorf(api.Unresponsive, "%s did not end within %v in the guest", c.argv[0], limit).WithHint("banger restart %s", g.name)
+	late := api.Errorf(api.Unresponsive, "%s did not end within %v in the guest", c.argv[0], limit).WithHint("banger stop %s", g.name)
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, late)
 	defer cancel()
 	conn, err := g.dial(ctx)

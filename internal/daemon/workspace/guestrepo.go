@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"banger/api"
+	"banger/internal/guest/wire"
 )
 
 // guestRepo is the repository inside: all that is done there goes through it, with
@@ -186,7 +187,7 @@ func guestConfig(repo Repo) []byte {
 
 // odd is the error for an answer of git that is none.
 func (r guestRepo) odd(verb, said string) error {
-	return api.Errorf(api.Refused, "git %s in the guest said %q", verb, unescaped(said)).WithHint("banger exec %s git -C %s fsck", r.name, visible(r.top))
+	return api.Errorf(api.Refused, "git %s in the guest said %q", verb, wire.CleanText(said, maxShown)).WithHint("banger exec %s git -C %s fsck", r.name, visible(r.top))
 }
 
 // there tells whether the folder still has our git directory.

@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"banger/api"
+	"banger/internal/guest/wire"
 )
 
 // unread is what git could not read in the working tree inside.
@@ -82,7 +83,7 @@ func (u *unread) parse(stderr string) {
 		} else if name, ok := between(line, `error: open("`, `"): Permission denied`); ok {
 			u.others[name] = true
 		} else if text, ok := strings.CutPrefix(line, "error: "); ok && len(u.said) < 10 && !strings.HasPrefix(text, "unable to index") {
-			u.said = append(u.said, "left out: "+unescaped(text))
+			u.said = append(u.said, "left out: "+wire.CleanText(text, maxShown))
 		}
 	}
 }
@@ -116,7 +117,7 @@ func (g guest) blame(err error, top string) error {
 		}
 		return out.WithHint("banger exec -u root %s chown -R %s %s", g.name, user, visible(top))
 	case strings.Contains(says, "read-only file system"):
-		return out.WithHint("banger restart %s", g.name)
+		return out.WithHint("banger stop %s", g.name)
 	}
 	return out.WithHint("banger exec %s git -C %s fsck", g.name, visible(top))
 }
