@@ -1,15 +1,16 @@
 package cli
 
 import (
-	"os"
+	"fmt"
 
 	"github.com/spf13/cobra"
 
 	bangerv1 "banger/api/banger/v1"
+	"banger/internal/apply"
 )
 
 func (a *app) applyCommand() *cobra.Command {
-	var o applyOptions
+	var o apply.Options
 	cmd := &cobra.Command{
 		Use:   "apply [VM]",
 		Short: "bring what changed inside back to the host",
@@ -25,8 +26,8 @@ inside there is nothing to apply, and no branch.`,
 		Args:        arguments(0, 1, "VM"),
 		Annotations: exits(),
 	}
-	cmd.Flags().StringVar(&o.branch, "branch", "", "put it on a new branch `NAME`, not onto the working tree")
-	cmd.Flags().BoolVar(&o.check, "check", false, "only tell whether it would go")
+	cmd.Flags().StringVar(&o.Branch, "branch", "", "put it on a new branch `NAME`, not onto the working tree")
+	cmd.Flags().BoolVar(&o.Check, "check", false, "only tell whether it would go")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		c, err := a.connect(cmd.Context())
 		if err != nil {
@@ -41,19 +42,36 @@ inside there is nothing to apply, and no branch.`,
 		if err != nil {
 			return err
 		}
-		o.vm = vm.Name
-		patch, err := os.CreateTemp("", "banger-*.patch")
-		if err != nil {
-			return err
-		}
-		defer os.Remove(patch.Name())
-		defer patch.Close()
 		// A branch stands on a commit, so what was uncommitted there is part of the patch.
-		meta, err := a.export(cmd.Context(), c, &bangerv1.ExportWorkspaceRequest{Ref: vm.Id, FromHead: o.branch != ""}, patch)
+		patch, meta, err := a.fetchPatch(cmd.Context(), c, &bangerv1.ExportWorkspaceRequest{Ref: vm.Id, FromHead: o.Branch != ""})
 		if err != nil {
 			return err
 		}
-		return a.applyPatch(cmd.Context(), meta, patch, o)
+		defer patch.Close()
+		o.Head, o.Message = meta.GetHead(), "banger: changes from VM "+vm.Name
+		r, err := apply.Patch(cmd.Context(), meta.GetHostPath(), patch, o)
+		for _, line := range r.Notes {
+			a.ui.note("%s", line)
+		}
+		if err == nil {
+			a.ui.note("%s", applied(r, o.Check))
+		}
+		return err
 	}
 	return cmd
+}
+
+// applied says what came of a patch.
+func applied(r apply.Result, check bool) string {
+	switch {
+	case r.Present:
+		return "nothing to apply: the host has these changes already"
+	case r.Files == 0:
+		return "nothing to apply"
+	case check:
+		return "it applies: " + count(r.Files, "file")
+	case r.Branch != "":
+		return fmt.Sprintf("branch %s is at %s", cleanLine(r.Branch), r.Commit[:min(7, len(r.Commit))])
+	}
+	return "applied " + count(r.Files, "file")
 }

@@ -1,9 +1,13 @@
 package cli
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"io"
+	"os"
 	"strings"
+	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -36,14 +40,12 @@ func (a *app) diff(cmd *cobra.Command, args []string) error {
 	if err != nil {
 		return err
 	}
-	w := a.stdout
-	if isTerminal(w) {
-		p := &patchPrinter{w: w, colour: a.colour()}
-		defer p.flush()
-		w = p
+	patch, _, err := a.fetchPatch(cmd.Context(), c, &bangerv1.ExportWorkspaceRequest{Ref: ref})
+	if err != nil {
+		return err
 	}
-	_, err = a.export(cmd.Context(), c, &bangerv1.ExportWorkspaceRequest{Ref: ref}, w)
-	return err
+	defer patch.Close()
+	return a.printPatch(cmd.Context(), patch)
 }
 
 // oneVM is the VM that args name, or that of the repository here.
@@ -56,6 +58,33 @@ func (a *app) oneVM(ctx context.Context, c *client, args []string) (string, erro
 		return "", err
 	}
 	return found.Vm.Id, nil
+}
+
+// fetchPatch fetches a whole patch into a file without a name, and prints what there is to
+// note about it. The VM's workspace is busy for as long as the patch is on its way, so
+// nobody but the disk may hold it up: not a pager, and not git.
+func (a *app) fetchPatch(ctx context.Context, c *client, req *bangerv1.ExportWorkspaceRequest) (_ *os.File, _ *bangerv1.ExportMeta, err error) {
+	patch, err := os.CreateTemp("", "banger-*.patch")
+	if err != nil {
+		return nil, nil, err
+	}
+	defer func() {
+		if err != nil {
+			patch.Close()
+		}
+	}()
+	if err := os.Remove(patch.Name()); err != nil {
+		return nil, nil, err
+	}
+	meta, err := a.export(ctx, c, req, patch)
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		err = api.Errorf(api.NoSpace, "cannot keep the patch: %w", err).WithHint("df -h %s", os.TempDir())
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	_, err = patch.Seek(0, io.SeekStart)
+	return patch, meta, err
 }
 
 // export writes a patch to w, and what there is to note about it to stderr.
@@ -87,6 +116,32 @@ func (a *app) export(ctx context.Context, c *client, req *bangerv1.ExportWorkspa
 	return meta, nil
 }
 
+// printPatch prints to stdout, until ctx ends.
+func (a *app) printPatch(ctx context.Context, patch io.Reader) (err error) {
+	w := a.stdout
+	if isTerminal(w) {
+		p := &patchPrinter{w: w, colour: a.colour()}
+		defer func() { err = cmp.Or(err, p.flush()) }()
+		w = p
+	}
+	buf := make([]byte, 64<<10)
+	for {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		n, err := patch.Read(buf)
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if _, err := w.Write(buf[:n]); err != nil {
+			return err
+		}
+	}
+}
+
 // patchPrinter shows a patch on a terminal: it is the guest's text, so it is cleaned.
 type patchPrinter struct {
 	w      io.Writer
@@ -108,10 +163,11 @@ func (p *patchPrinter) Write(b []byte) (int, error) {
 	}
 }
 
-func (p *patchPrinter) flush() {
-	if p.rest != "" {
-		p.print(p.rest)
+func (p *patchPrinter) flush() error {
+	if p.rest == "" {
+		return nil
 	}
+	return p.print(p.rest)
 }
 
 func (p *patchPrinter) print(line string) error {

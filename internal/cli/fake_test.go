@@ -47,6 +47,7 @@ type fakeDaemon struct {
 	calls    []string
 	holds    int // streams that hold a lease now
 	patch    []*bangerv1.ExportChunk
+	exported func(ctx context.Context) error // called when all of patch was sent; may be nil
 	images   []*bangerv1.Image
 	kernels  []*bangerv1.Kernel
 	exec     func(x wire.Exec, s *guestEnd)
@@ -428,7 +429,7 @@ func (s fakeWorkspaces) Prepare(_ context.Context, req *bangerv1.PrepareWorkspac
 	return s.d.begin("prepare", req.Ref, func(m *bangerv1.Operation) { m.Result = &bangerv1.Operation_Prepared{Prepared: s.d.prepared} })
 }
 
-func (s fakeWorkspaces) Export(_ context.Context, req *bangerv1.ExportWorkspaceRequest, stream *connect.ServerStream[bangerv1.ExportChunk]) error {
+func (s fakeWorkspaces) Export(ctx context.Context, req *bangerv1.ExportWorkspaceRequest, stream *connect.ServerStream[bangerv1.ExportChunk]) error {
 	s.d.note("export %s", text(req))
 	if len(s.d.patch) == 0 {
 		return stream.Send(&bangerv1.ExportChunk{Meta: &bangerv1.ExportMeta{Notes: []string{"a note"}}})
@@ -437,6 +438,9 @@ func (s fakeWorkspaces) Export(_ context.Context, req *bangerv1.ExportWorkspaceR
 		if err := stream.Send(chunk); err != nil {
 			return err
 		}
+	}
+	if s.d.exported != nil {
+		return s.d.exported(ctx)
 	}
 	return s.d.refuse["export"]
 }

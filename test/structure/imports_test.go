@@ -16,7 +16,7 @@ func levels() map[string]int {
 		0: `internal/config internal/guest/wire internal/netpolicy internal/shim
 			internal/daemon/driver internal/daemon/opstate internal/daemon/locks internal/daemon/hostcmd internal/daemon/proc internal/daemon/check`,
 		1: `internal/daemon/store internal/daemon/dmsnap internal/daemon/rootdisk internal/daemon/fcproc internal/daemon/qemuproc
-			internal/daemon/initrd internal/daemon/imagemgr internal/daemon/driver/fake internal/daemon/driver/conformance internal/guest/boot internal/guest/agent internal/netstack`,
+			internal/daemon/initrd internal/daemon/imagemgr internal/daemon/driver/fake internal/daemon/driver/conformance internal/guest/boot internal/guest/agent internal/netstack internal/apply`,
 		2: "internal/daemon/vm internal/daemon/image internal/daemon/image/imagetest internal/daemon/hostnet internal/daemon/workspace internal/daemon/session",
 		3: "internal/daemon",
 		4: "internal/cli",
@@ -57,6 +57,7 @@ func sideways() map[string]string {
 func only() map[string][]string {
 	return map[string][]string{
 		"internal/daemon":      {"internal/cli"},
+		"internal/apply":       {"internal/cli"}, // docs/decisions/006
 		"internal/netstack":    {"cmd/banger-net"},
 		"internal/guest/boot":  {"cmd/banger-guest"},
 		"internal/guest/agent": {"cmd/banger-guest", "internal/daemon/driver/fake"},
@@ -67,7 +68,7 @@ func only() map[string][]string {
 // golang.org/x/sys, for those that must stay small or pure. The others are free.
 func outside() map[string][]string {
 	return map[string][]string{
-		"api": nil, "internal/shim": nil, "internal/netpolicy": nil, "internal/guest/boot": nil,
+		"api": nil, "internal/shim": nil, "internal/netpolicy": nil, "internal/guest/boot": nil, "internal/apply": nil,
 		"internal/guest/wire":     {"github.com/hashicorp/yamux"},
 		"internal/guest/agent":    {"github.com/creack/pty"},
 		"internal/config":         {"github.com/pelletier/go-toml/v2", "github.com/docker/go-units"},
@@ -201,6 +202,8 @@ func TestImportRule(t *testing.T) {
 		"internal/daemon/vm → banger/api":                            "",
 		"internal/daemon/workspace → banger/internal/daemon/session": "",
 		"internal/cli → banger/internal/daemon":                      "",
+		"internal/cli → banger/internal/apply":                       "",
+		"internal/apply → banger/internal/daemon/hostcmd":            "",
 		"cmd/banger-shim → banger/internal/shim":                     "",
 		"internal/daemon/store → database/sql":                       "",
 		"internal/daemon/proc → golang.org/x/sys/unix":               "",
@@ -214,6 +217,8 @@ func TestImportRule(t *testing.T) {
 		"internal/daemon/opstate → banger/internal/config":           "from level 0 to level 0",
 		"internal/daemon/vm → banger/internal/cli":                   "from level 2 to level 4",
 		"cmd/bangerd → banger/internal/daemon":                       "only internal/cli may",
+		"internal/daemon → banger/internal/apply":                    "only internal/cli may",
+		"internal/apply → banger/internal/daemon/workspace":          "from level 1 to level 2",
 		"internal/daemon → banger/internal/guest/boot":               "only cmd/banger-guest may",
 		"internal/daemon/vm → database/sql":                          "only internal/daemon/store knows SQL",
 		"internal/daemon/image → modernc.org/sqlite/lib":             "only internal/daemon/store knows SQL",
