@@ -8,6 +8,7 @@ import (
 	"os"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -71,6 +72,9 @@ func TestDiffNotReadOn(t *testing.T) {
 	c.start("diff")
 	wait(t, sent)
 	noTemporary(t)
+	if err := r.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
 	got := make([]byte, len(patch))
 	if _, err := io.ReadFull(r, got); err != nil || !bytes.Equal(got, patch) {
 		t.Errorf("the patch is another: %v", err)

@@ -51,7 +51,8 @@ type fakeDaemon struct {
 	images   []*bangerv1.Image
 	kernels  []*bangerv1.Kernel
 	exec     func(x wire.Exec, s *guestEnd)
-	stopped  chan struct{} // closed by Shutdown
+	stopped  chan struct{} // closed when it ends after a Shutdown
+	leaving  int           // after a Shutdown: so many Status calls until it ends
 }
 
 // fakeOp is an operation that the test drives.
@@ -300,6 +301,12 @@ func (s fakeMachine) Status(context.Context, *bangerv1.StatusRequest) (*bangerv1
 	if err := s.d.askEndingLocked("status"); err != nil {
 		return nil, err
 	}
+	if s.d.leaving > 0 {
+		if s.d.leaving--; s.d.leaving == 0 {
+			close(s.d.stopped)
+			go s.d.close()
+		}
+	}
 	return proto.Clone(s.d.status).(*bangerv1.StatusResponse), nil
 }
 
@@ -311,10 +318,9 @@ func (s fakeMachine) Shutdown(_ context.Context, req *bangerv1.ShutdownRequest) 
 	if s.d.ending != nil {
 		return &bangerv1.ShutdownResponse{}, nil // it is about to end already
 	}
-	go func() {
-		s.d.close()
-		close(s.d.stopped)
-	}()
+	s.d.mu.Lock()
+	defer s.d.mu.Unlock()
+	s.d.leaving = 3
 	return &bangerv1.ShutdownResponse{}, nil
 }
 
