@@ -4,6 +4,8 @@
 #   BANGER_TEST_REQUIRE=root,qemu   turns a skip for want of these into a failure
 #   BANGER_TEST_CACHE=DIR           keeps kernel and image between runs
 set -euo pipefail
+# Who starts this may ignore signals, as nohup does, and the tests send them.
+[ -n "${BANGER_TEST_SIGNALS:-}" ] || exec env --default-signal BANGER_TEST_SIGNALS=default "$0" "$@"
 cd "$(dirname "$0")/.."
 quick=${1:-}
 least=60 # per cent of statements
