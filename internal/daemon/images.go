@@ -37,6 +37,7 @@ func (s imageService) Pull(ctx context.Context, req *bangerv1.PullImageRequest) 
 		if err != nil {
 			return nil, err
 		}
+		s.d.prune(context.WithoutCancel(ctx))
 		return imageMessage(img, image.Listed{}), nil
 	})
 }

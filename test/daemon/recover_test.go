@@ -177,6 +177,33 @@ func TestLostRow(t *testing.T) {
 	if text := w.host().Text(); text != "" {
 		t.Fatalf("left on the host:\n%s", text)
 	}
+
+	// Its image may be what the disk stands on: it outlives a pull that replaces it, and
+	// goes when nobody keeps such a disk any more.
+	images := func() int {
+		entries, err := os.ReadDir(filepath.Join(w.state, "images"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(entries)
+	}
+	before, c := images(), d.client()
+	if err := c.do(d.ctx(t))(c.images.Pull(d.ctx(t), &bangerv1.PullImageRequest{Force: true})); err != nil {
+		t.Fatal(err)
+	}
+	d.stop(t)
+	d = w.start(t, "", 0)
+	if n := images(); n != before+1 {
+		t.Errorf("with a disk in lost there are %d images instead of %d", n, before+1)
+	}
+	d.stop(t)
+	if err := os.RemoveAll(filepath.Join(w.state, "lost")); err != nil {
+		t.Fatal(err)
+	}
+	d = w.start(t, "", 0)
+	if n := images(); n != before {
+		t.Errorf("with no disk in lost there are %d images instead of %d", n, before)
+	}
 	d.stop(t)
 }
 

@@ -88,37 +88,33 @@ func (m *Manager) publishImage(ctx context.Context, r imagemgr.ImageRecipe, info
 		return err
 	}
 	m.at("image built")
-	removed, err := m.replaceImage(ctx, meta, dir)
-	for _, img := range removed {
-		m.removeFiles(m.layout.Image(img.ID).Path())
-	}
-	return err
+	return m.replaceImage(ctx, meta, dir)
 }
 
-// replaceImage is the publication: the files by a rename, then the row.
-func (m *Manager) replaceImage(ctx context.Context, meta imageMeta, dir string) ([]store.Image, error) {
+// replaceImage is the publication: the files by a rename, then the row. One that had the
+// name stays until Prune.
+func (m *Manager) replaceImage(ctx context.Context, meta imageMeta, dir string) error {
 	m.opsMu.Lock()
 	defer m.opsMu.Unlock()
 	if ctx.Err() != nil {
-		return nil, context.Cause(ctx)
+		return context.Cause(ctx)
 	}
 	// From here on it is done whoever leaves: an end of ctx in the middle of a commit
 	// would leave open whether there is a row.
 	ctx = context.WithoutCancel(ctx)
 	to := m.layout.Image(meta.ID).Path()
 	if err := moveDir(dir, to); err != nil {
-		return nil, err
+		return err
 	}
 	m.at("image moved")
-	removed, err := m.store.ReplaceImage(ctx, meta.row())
-	if err != nil {
+	if err := m.store.ReplaceImage(ctx, meta.row()); err != nil {
 		if _, e := m.store.Image(ctx, meta.ID); errors.Is(e, store.ErrNotFound) {
 			err = errors.Join(err, os.Rename(to, dir)) // back to where it is discarded
 		}
-		return nil, err
+		return err
 	}
 	m.at("image recorded")
-	return removed, nil
+	return nil
 }
 
 // buildKernel builds and publishes a kernel. After an error nothing of it is left.
@@ -265,7 +261,7 @@ func (m *Manager) removeFiles(path string) {
 }
 
 // Prune deletes images that were replaced and that no VM uses any more. Call it
-// when all VMs have their rows: after vm.Manager.Recover, and when a VM is deleted.
+// when all VMs have their rows: after vm.Manager.Recover, a pull, and when a VM is deleted.
 func (m *Manager) Prune(ctx context.Context) error {
 	removed, err := m.pruneRows(ctx)
 	for _, id := range removed {

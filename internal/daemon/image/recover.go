@@ -107,32 +107,22 @@ func (m *Manager) readImage(id string) (imageMeta, error) {
 	return meta, nil
 }
 
-// adoptImage is called for the youngest first. It replaces one that has a row only
-// when a crash kept a pull from doing so: then all rows are there, and what no VM
-// uses may go. After the loss of the database there are no rows to replace, and
-// nothing goes before the VMs are back.
+// adoptImage makes the row of an image that has none: a crash kept a pull from doing so,
+// or the database was lost. The youngest has the name.
 func (m *Manager) adoptImage(ctx context.Context, img store.Image) error {
-	removed, err := m.insertFound(ctx, img)
-	for _, img := range removed {
-		m.removeFiles(m.layout.Image(img.ID).Path())
-	}
-	return err
-}
-
-func (m *Manager) insertFound(ctx context.Context, img store.Image) ([]store.Image, error) {
 	m.opsMu.Lock()
 	defer m.opsMu.Unlock()
 	named, err := m.store.ImageByName(ctx, img.Name)
 	switch {
 	case errors.Is(err, store.ErrNotFound):
 	case err != nil:
-		return nil, err
+		return err
 	case named.CreatedAt.Before(img.CreatedAt):
 		return m.store.ReplaceImage(ctx, img)
 	default:
 		img.Name = ""
 	}
-	return nil, m.store.InsertImage(ctx, img)
+	return m.store.InsertImage(ctx, img)
 }
 
 // adoptKernels makes the row of each kernel say what its directory says: a crash

@@ -57,25 +57,14 @@ func (s *Store) InsertImage(ctx context.Context, i Image) error {
 }
 
 // ReplaceImage adds an image, whose id must be new, under a name that may be taken:
-// the image that had the name loses it. It returns the images that no VM is made
-// from and that nobody can name any more; their records are gone, their files are
-// the caller's to delete.
-func (s *Store) ReplaceImage(ctx context.Context, i Image) (removed []Image, err error) {
-	err = s.write(ctx, grows, func(tx *sql.Tx) error {
+// the image that had the name loses it.
+func (s *Store) ReplaceImage(ctx context.Context, i Image) error {
+	return s.write(ctx, grows, func(tx *sql.Tx) error {
 		if _, err := tx.ExecContext(ctx, `UPDATE images SET name = '' WHERE name = ?`, i.Name); err != nil {
-			return err
-		}
-		removed, err = all(ctx, tx, scanImage, `DELETE FROM images
-			WHERE name = '' AND id <> ? AND id NOT IN (SELECT image FROM vms) RETURNING `+imageColumns, i.ID)
-		if err != nil {
 			return err
 		}
 		return insertImage(ctx, tx, i)
 	})
-	if err != nil {
-		return nil, err
-	}
-	return removed, nil
 }
 
 // Image returns the image with an id, or ErrNotFound.
