@@ -146,7 +146,11 @@ func Open(ctx context.Context, opts ...Option) (d *Daemon, err error) {
 // there are disks of which nobody knows what image they need.
 func (d *Daemon) prune(ctx context.Context) {
 	stray, err := d.vms.StrayDisks(ctx)
-	if err == nil && !stray {
+	if stray {
+		d.log.Info("replaced images stay: there are disks without a record", "lost", d.layout.Lost())
+		return
+	}
+	if err == nil {
 		err = d.images.Prune(ctx)
 	}
 	if err != nil {

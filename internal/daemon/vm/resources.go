@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"banger/api"
+	"banger/internal/config"
 	"banger/internal/daemon/driver"
 	"banger/internal/daemon/initrd"
 	"banger/internal/daemon/proc"
@@ -167,8 +168,10 @@ func (m *Manager) preflightRoom(ctx context.Context, v *machine) error {
 }
 
 func (m *Manager) acquireBootFiles(ctx context.Context, v *machine) error {
-	var dir *os.File
-	err := m.images.WithKernel(ctx, v.rec.Kernel, func(kernel store.Kernel) (err error) {
+	magic := make([]byte, wire.MagicLen)
+	rand.Read(magic) // never fails, see crypto/rand
+	v.h.Magic = magic
+	return m.images.WithKernel(ctx, v.rec.Kernel, func(kernel store.Kernel) error {
 		v.kernel = kernel // which may have been replaced since the create began
 		k := m.layout.Kernel(kernel.Name)
 		if err := os.Link(k.Vmlinux(), v.dir.Kernel()); err != nil {
@@ -177,24 +180,18 @@ func (m *Manager) acquireBootFiles(ctx context.Context, v *machine) error {
 		if err := os.Link(k.ModulesDisk(), v.dir.Modules()); err != nil {
 			return err
 		}
-		dir, err = os.Open(k.Modules())
-		return err
+		return m.writeInitrd(v, k)
 	})
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	magic := make([]byte, wire.MagicLen)
-	rand.Read(magic) // never fails, see crypto/rand
-	v.h.Magic = magic
+}
 
+func (m *Manager) writeInitrd(v *machine, k config.KernelDir) error {
 	f, err := os.OpenFile(v.dir.Initrd(), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
 	}
 	var modules []string
 	for _, name := range v.kernel.Modules {
-		modules = append(modules, fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), name))
+		modules = append(modules, filepath.Join(k.Modules(), name))
 	}
 	err = initrd.Write(f, m.programs.Guest, modules, m.guestConfig(v))
 	return errors.Join(err, f.Close())

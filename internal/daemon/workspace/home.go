@@ -3,6 +3,7 @@ package workspace
 import (
 	"context"
 	"errors"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -34,8 +35,14 @@ func (r *Repo) checkHome(ctx context.Context) error {
 	case info.IsDir() && r.gitDir == dotGit && r.commonDir == dotGit:
 	case info.Mode().IsRegular() && r.linkedBack(dotGit):
 	default:
-		return api.Errorf(api.Refused, "its .git names the git directory %s, which does not name %s", visible(r.gitDir), visible(r.Path)).
-			WithHint("git config core.worktree %s", visible(r.Path))
+		err := api.Errorf(api.Refused, "its .git names the git directory %s, which does not name %s", visible(r.gitDir), visible(r.Path))
+		switch {
+		case !info.Mode().IsRegular():
+			return err.WithHint("git clone %s", visible(r.Path))
+		case r.commonDir != r.gitDir:
+			return err.WithHint("git worktree repair")
+		}
+		return err.WithHint("git config core.worktree %s", visible(r.Path))
 	}
 	return r.checkRefs()
 }
@@ -46,8 +53,16 @@ func (r *Repo) checkHome(ctx context.Context) error {
 // does in core.worktree.
 func (r *Repo) linkedBack(dotGit string) bool {
 	if r.commonDir != r.gitDir {
-		back, err := os.ReadFile(filepath.Join(r.gitDir, "gitdir"))
-		if err != nil || filepath.Dir(r.gitDir) != filepath.Join(r.commonDir, "worktrees") {
+		if filepath.Dir(r.gitDir) != filepath.Join(r.commonDir, "worktrees") {
+			return false
+		}
+		f, err := openPlain(filepath.Join(r.gitDir, "gitdir"))
+		if err != nil {
+			return false
+		}
+		defer f.Close()
+		back, err := io.ReadAll(io.LimitReader(f, unix.PathMax+1))
+		if err != nil {
 			return false
 		}
 		return samePath(r.gitDir, strings.TrimSuffix(string(back), "\n"), dotGit)
@@ -85,8 +100,8 @@ func (r *Repo) checkRefs() error {
 	return nil
 }
 
-// openPlain opens a file of a git directory for reading: no link out of it, and no
-// pipe, which would wait for a writer.
+// openPlain opens a file of a git directory for reading: itself no link, and no pipe,
+// which would wait for a writer.
 func openPlain(path string) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil && !errors.Is(err, unix.ELOOP) {

@@ -116,7 +116,12 @@ func (r *Repo) ask(ctx context.Context, git hostGit) (err error) {
 	if err != nil {
 		return err
 	}
-	r.Branch = strings.TrimPrefix(branch, "refs/heads/")
+	if branch != "" {
+		var ok bool
+		if r.Branch, ok = strings.CutPrefix(branch, "refs/heads/"); !ok {
+			return api.Errorf(api.Refused, "its HEAD is %s, which is no branch", visible(branch)).WithHint("git switch --detach")
+		}
+	}
 	head, born, err := git.ask(ctx, "rev-parse", "-q", "--verify", "HEAD^{commit}")
 	if err != nil {
 		return err

@@ -134,6 +134,16 @@ func refusals() map[string]refusal {
 				check(w.t, os.Symlink(w.host+"/.git/refs/heads/main", filepath.Join(dir, ".git/refs/heads/main")))
 			})
 		}},
+		"HEAD names no branch": {api.Refused, []string{"its HEAD is refs/tags/main, which is no branch"}, func(w *world) string {
+			w.commit("private")
+			return w.stranger(func(dir string) {
+				w.git(dir, "init", "-q", "-b", "main")
+				write(w.t, dir, ".git/objects/info/alternates", "../../../shop/.git/objects\n")
+				check(w.t, os.Remove(filepath.Join(dir, ".git/refs/tags")))
+				check(w.t, os.Symlink(w.host+"/.git/refs/heads", filepath.Join(dir, ".git/refs/tags")))
+				write(w.t, dir, ".git/HEAD", "ref: refs/tags/main\n")
+			})
+		}},
 		"core.worktree elsewhere": {api.Refused, []string{"is not the .git of"}, func(w *world) string {
 			w.git(w.host, "config", "core.worktree", filepath.Dir(w.host))
 			return w.host

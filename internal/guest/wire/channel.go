@@ -64,28 +64,34 @@ func sessionConfig() *yamux.Config {
 // success ctx has no meaning for the session any more.
 func HostSession(ctx context.Context, raw net.Conn, magic []byte) (*yamux.Session, error) {
 	stop := context.AfterFunc(ctx, func() { raw.Close() })
-	rest, err := greet(raw, magic)
+	sess, err := hostSession(raw, magic)
 	if !stop() || err != nil {
 		raw.Close()
+		if sess != nil {
+			sess.Close()
+		}
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
 		return nil, fmt.Errorf("cannot begin a session with the guest: %w", err)
 	}
+	return sess, nil
+}
+
+func hostSession(raw net.Conn, magic []byte) (*yamux.Session, error) {
+	rest, err := greet(raw, magic)
+	if err != nil {
+		return nil, err
+	}
 	gated := &gatedConn{Conn: raw, open: make(chan struct{}), rest: rest}
 	sess, err := yamux.Client(gated, sessionConfig())
 	if err != nil {
-		raw.Close()
 		return nil, err
 	}
 	// Nobody here accepts a stream: those of a hostile guest would only fill memory.
 	err = sess.GoAway()
 	close(gated.open)
-	if err != nil {
-		sess.Close()
-		return nil, fmt.Errorf("cannot begin a session with the guest: %w", err)
-	}
-	return sess, nil
+	return sess, err
 }
 
 // greet sends preambles until the nonce of the last one comes back, and returns what
