@@ -237,20 +237,6 @@ func isZombie(pid int) bool {
 	return err != nil || strings.Contains(string(data), ") Z ")
 }
 
-// dump shows what a failed test left to look at.
-func (h *host) dump() {
-	for _, pattern := range []string{"bangerd.log", "vms/*/log/*", "vms/*/run/*.json"} {
-		paths, _ := filepath.Glob(filepath.Join(h.dir, pattern))
-		for _, path := range paths {
-			data, _ := os.ReadFile(path)
-			if len(data) > 4000 {
-				data = data[len(data)-4000:]
-			}
-			h.t.Logf("%s:\n%s", path, data)
-		}
-	}
-}
-
 // processesBelow finds processes whose working directory or executable lies in dir:
 // daemons, shims and VMMs of an instance.
 func processesBelow(dir string) []int {
