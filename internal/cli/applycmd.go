@@ -17,9 +17,10 @@ func (a *app) applyCommand() *cobra.Command {
 		Long: `Apply puts what was changed in the repository inside onto the host's working tree, all
 or nothing: it checks first, and refuses where the host's files have changed in the
 same places. With --branch it becomes a commit on a new branch, and the working tree
-stays as it is; only an earlier apply that was killed is ended first. The commit stands on the host's, so it also holds the files that were
+stays as it is. The commit stands on the host's, so it also holds the files that were
 changed on the host before they came in; a note counts them. Where nothing was changed
-inside there is nothing to apply, and no branch.`,
+inside there is nothing to apply, and no branch. An earlier apply that was killed is
+ended first, also with --branch and --check.`,
 		Example: `  banger apply
   banger apply --check
   banger apply --branch banger/shop`,
