@@ -70,7 +70,7 @@ func New(o Options) *Manager {
 }
 
 // begin registers a job on a VM. It comes before the check that the VM runs: whoever
-// stops the VM changes its state first and interrupts then, so no job slips through.
+// stops the VM interrupts once more after its state has changed, so no job slips through.
 func (m *Manager) begin(ctx context.Context, vmID string) (context.Context, func()) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	j := &job{vmID: vmID, cancel: cancel, done: make(chan struct{})}
