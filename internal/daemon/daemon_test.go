@@ -29,6 +29,7 @@ import (
 	"banger/internal/daemon/image/imagetest"
 	"banger/internal/daemon/locks"
 	"banger/internal/daemon/opstate"
+	"banger/internal/daemon/vm"
 )
 
 // TestMethods pins the one list of methods to the contract.
@@ -316,7 +317,7 @@ func TestNothingBeginsAfterTheEnd(t *testing.T) {
 func TestEndOrWork(t *testing.T) {
 	const workers = 8
 	for range 500 {
-		d := &Daemon{ops: opstate.NewRegistry[proto.Message](t.Context(), 1, time.Hour), log: slog.New(slog.DiscardHandler)}
+		d := &Daemon{ops: opstate.NewRegistry[proto.Message](t.Context(), 1, time.Hour), vms: new(vm.Manager), log: slog.New(slog.DiscardHandler)}
 		release, start := make(chan struct{}), make(chan struct{})
 		refused := make(chan error, workers)
 		for i := range workers {

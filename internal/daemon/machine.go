@@ -49,7 +49,7 @@ func (d *Daemon) busy() (int32, error) {
 	return d.busyLocked(), nil
 }
 
-func (d *Daemon) busyLocked() int32 { return int32(d.ops.Running() + d.streams) }
+func (d *Daemon) busyLocked() int32 { return int32(d.ops.Running() + d.streams + d.vms.Reboots()) }
 
 // attach counts a stream until it is detached.
 func (d *Daemon) attach() (detach func(), err error) {

@@ -264,65 +264,6 @@ func (w *world) cancel(t *testing.T, v verb, point string) {
 	d.stop(t)
 }
 
-// TestGuestEnds kills the daemon at each step of the clean-up after a guest that ended
-// by itself: by poweroff it is stopped afterwards, by reboot it runs again.
-func TestGuestEnds(t *testing.T) {
-	w := newWorld(t)
-	for _, word := range []string{"poweroff", "reboot"} {
-		want := bangerv1.VM_STOPPED
-		if word == "reboot" {
-			want = bangerv1.VM_RUNNING
-		}
-		d := w.start(t, "", 0)
-		before := w.arrange(t, d, "running")
-		d.forget(t)
-		d.exec(t, word)
-		d.waitState(t, want, before.Handles["vmm pid"])
-		var points []string
-		for _, p := range d.points(t) {
-			if strings.HasPrefix(p, "reap/") && !slices.Contains(points, p) {
-				points = append(points, p)
-			}
-		}
-		if len(points) < 6 {
-			t.Fatalf("a clean-up goes through %v", points)
-		}
-		w.clear(t, d)
-		d.stop(t)
-		for _, point := range points {
-			t.Run(word+"/"+point, func(t *testing.T) {
-				d := w.start(t, "kill "+point, 0)
-				before := w.arrange(t, d, "running")
-				d.exec(t, word)
-				d.waitDead(t)
-				d = w.start(t, "", 0)
-				after := d.waitState(t, want, before.Handles["vmm pid"])
-				if after.LastError != "" {
-					t.Errorf("its last error: %s", after.LastError)
-				}
-				w.clear(t, d)
-				d.stop(t)
-			})
-		}
-	}
-}
-
-// waitState waits until the VM is in a state; a running one must be another process.
-func (d *process) waitState(t *testing.T, want bangerv1.VM_State, oldPID string) (vm *bangerv1.VM) {
-	t.Helper()
-	for deadline := time.Now().Add(limit); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
-		var err error
-		if vm, err = d.client().vm(d.ctx(t)); err != nil {
-			t.Fatal(err)
-		}
-		if vm.GetState() == want && (want != bangerv1.VM_RUNNING || vm.Handles["vmm pid"] != oldPID) {
-			return vm
-		}
-	}
-	t.Fatalf("the VM does not get %s: %v", want, vm)
-	return nil
-}
-
 // TestLease: a VM that is removed on release goes with its holder, stays through a
 // shutdown of the daemon, and is removed when nobody holds it again.
 func TestLease(t *testing.T) {

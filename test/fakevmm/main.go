@@ -122,10 +122,10 @@ func (m *machine) boot() error {
 		switch sig {
 		case syscall.SIGTERM: // as QEMU does
 			m.end("")
-		case syscall.SIGUSR1:
-			go m.Shutdown("poweroff")
+		case syscall.SIGUSR1: // the guest's own doing, whatever becomes of requests
+			m.end("poweroff")
 		case syscall.SIGUSR2:
-			go m.Shutdown("reboot")
+			m.end("reboot")
 		}
 	}
 	return nil

@@ -55,7 +55,7 @@ func testVM(n int) VM {
 	return VM{ID: fmt.Sprintf("id%04d", n), Name: fmt.Sprintf("vm-%04d", n), State: Creating, Slot: n, ImageID: "img", Kernel: "debian-cloud",
 		CPUs: 4, Memory: 4 << 30, Disk: 20 << 30, DiskDriver: "reflink", MachineID: strings.Repeat("a", 32),
 		User: User{Name: "ann", UID: 1000, GID: 1001}, Owner: 1000, RemoveOnRelease: true, Repository: fmt.Sprintf("/src/%d", n),
-		CreatedAt: testTime(), LastError: "no space", Ended: "powered off"}
+		CreatedAt: testTime(), LastError: "no space", Ended: "powered off", Reboot: true}
 }
 
 // filled is a store with an image and a kernel that VMs can be made from.
@@ -124,7 +124,7 @@ func TestRecordJSON(t *testing.T) {
 	must(t, err)
 	want := `{"id":"id0001","name":"vm-0001","state":"creating","slot":1,"image_id":"img","kernel":"debian-cloud","cpus":4,"memory":4294967296,` +
 		`"disk":21474836480,"disk_driver":"reflink","machine_id":"aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa","user":{"name":"ann","uid":1000,"gid":1001},` +
-		`"owner":1000,"remove_on_release":true,"repository":"/src/1","created_at":"2026-11-24T10:30:00.123456789Z","last_error":"no space","ended":"powered off"}`
+		`"owner":1000,"remove_on_release":true,"repository":"/src/1","created_at":"2026-11-24T10:30:00.123456789Z","last_error":"no space","ended":"powered off","reboot":true}`
 	if string(got) != want {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}
@@ -483,7 +483,7 @@ func manyVMs(t testing.TB, n int) *Store {
 	s := filled(t)
 	must(t, s.write(context.Background(), grows, func(tx *sql.Tx) error {
 		for i := 1; i <= n; i++ {
-			if _, err := tx.Exec(`INSERT INTO vms (`+vmColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`, vmValues(testVM(i))...); err != nil {
+			if _, err := tx.Exec(`INSERT INTO vms (`+vmColumns+`) VALUES `+vmPlaces, vmValues(testVM(i))...); err != nil {
 				return err
 			}
 		}

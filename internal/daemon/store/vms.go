@@ -46,6 +46,9 @@ type VM struct {
 	CreatedAt  time.Time `json:"created_at"`
 	LastError  string    `json:"last_error,omitempty"` // of the last start that failed
 	Ended      string    `json:"ended,omitempty"`      // how the last run ended, in words
+	// Reboot: the guest asked for a reboot that is not carried out yet, and no operation
+	// of a user has come between. It stands from the clean-up to running.
+	Reboot bool `json:"reboot,omitempty"`
 }
 
 // User is the account made in the guest; no Name leaves the image's accounts alone.
@@ -56,27 +59,29 @@ type User struct {
 }
 
 const vmColumns = `id, name, state, slot, image, kernel, cpus, memory, disk, disk_driver, machine_id,
-	user_name, user_uid, user_gid, owner, remove_on_release, repository, created_at, last_error, ended`
+	user_name, user_uid, user_gid, owner, remove_on_release, repository, created_at, last_error, ended, reboot`
+
+// vmPlaces takes vmValues.
+const vmPlaces = `(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
 
 func scanVM(row scanner) (v VM, err error) {
 	var created int64
 	err = row.Scan(&v.ID, &v.Name, &v.State, &v.Slot, &v.ImageID, &v.Kernel, &v.CPUs, &v.Memory, &v.Disk, &v.DiskDriver, &v.MachineID,
-		&v.User.Name, &v.User.UID, &v.User.GID, &v.Owner, &v.RemoveOnRelease, &v.Repository, &created, &v.LastError, &v.Ended)
+		&v.User.Name, &v.User.UID, &v.User.GID, &v.Owner, &v.RemoveOnRelease, &v.Repository, &created, &v.LastError, &v.Ended, &v.Reboot)
 	v.CreatedAt = toTime(created)
 	return v, err
 }
 
 func vmValues(v VM) []any {
 	return []any{v.ID, v.Name, v.State, v.Slot, v.ImageID, v.Kernel, v.CPUs, v.Memory, v.Disk, v.DiskDriver, v.MachineID,
-		v.User.Name, v.User.UID, v.User.GID, v.Owner, v.RemoveOnRelease, v.Repository, fromTime(v.CreatedAt), v.LastError, v.Ended}
+		v.User.Name, v.User.UID, v.User.GID, v.Owner, v.RemoveOnRelease, v.Repository, fromTime(v.CreatedAt), v.LastError, v.Ended, v.Reboot}
 }
 
 // InsertVM adds a record. It returns an *ExistsError when the id, name, slot or
 // repository is taken, and ErrNotFound when there is no such image or kernel.
 func (s *Store) InsertVM(ctx context.Context, v VM) error {
 	return s.write(ctx, grows, func(tx *sql.Tx) error {
-		_, err := tx.ExecContext(ctx, `INSERT INTO vms (`+vmColumns+`)
-			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`, vmValues(v)...)
+		_, err := tx.ExecContext(ctx, `INSERT INTO vms (`+vmColumns+`) VALUES `+vmPlaces, vmValues(v)...)
 		if isForeignKey(err) {
 			return missingReference(ctx, tx, v)
 		}
@@ -164,8 +169,7 @@ func (s *Store) Transition(ctx context.Context, id string, from []State, to Stat
 			set(&v)
 		}
 		v.ID, v.CreatedAt, v.State = was.ID, was.CreatedAt, to
-		_, err = tx.ExecContext(ctx, `UPDATE vms SET (`+vmColumns+`)
-			= (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) WHERE id = ?`, append(vmValues(v), id)...)
+		_, err = tx.ExecContext(ctx, `UPDATE vms SET (`+vmColumns+`) = `+vmPlaces+` WHERE id = ?`, append(vmValues(v), id)...)
 		if isForeignKey(err) {
 			return missingReference(ctx, tx, v)
 		}

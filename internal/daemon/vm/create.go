@@ -126,11 +126,11 @@ func (m *Manager) create(ctx context.Context, r CreateRequest, p Progress) (stor
 	}
 
 	id := newID()
-	ctx, turn, err := m.begin(ctx, id, opstate.VerbCreate, p)
+	ctx, end, err := m.begin(ctx, id, opstate.VerbCreate, p)
 	if err != nil {
 		return store.VM{}, err
 	}
-	defer turn.end()
+	defer end()
 	rec, err := m.reserve(ctx, id, r, image, kernel)
 	if err != nil {
 		return rec, err
@@ -166,7 +166,7 @@ func (m *Manager) make(ctx context.Context, v *machine, r CreateRequest, p Progr
 	if err != nil || r.NoStart {
 		return err
 	}
-	return m.boot(ctx, v, r.ReadyAgent, s)
+	return m.boot(ctx, v, r.ReadyAgent, false, s)
 }
 
 // reserve inserts the record: it is what makes name, slot and repository taken.

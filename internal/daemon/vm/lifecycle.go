@@ -19,20 +19,11 @@ const defaultStopTimeout = 30 * time.Second
 
 // Start starts a stopped VM. A VM that runs is a success.
 func (m *Manager) Start(ctx context.Context, id string, readyAgent bool, p Progress) (store.VM, error) {
-	return m.start(ctx, id, readyAgent, false, p)
-}
-
-// start is Start; with reboot it does nothing unless the guest's wish for one still
-// stands when the slot is granted.
-func (m *Manager) start(ctx context.Context, id string, readyAgent, reboot bool, p Progress) (store.VM, error) {
-	ctx, turn, err := m.begin(ctx, id, opstate.VerbStart, p)
+	ctx, end, err := m.begin(ctx, id, opstate.VerbStart, p)
 	if err != nil {
 		return store.VM{}, err
 	}
-	defer turn.end()
-	if reboot && !turn.rebootAsked {
-		return store.VM{}, nil
-	}
+	defer end()
 	rec, err := m.record(ctx, id)
 	if err != nil {
 		return rec, err
@@ -50,17 +41,17 @@ func (m *Manager) start(ctx context.Context, id string, readyAgent, reboot bool,
 			return rec, nil
 		}
 		// It ended just now and its watcher found the slot taken.
-		if err := m.undoRun(ctx, v, "start"); err != nil {
+		if err := m.undoRun(ctx, v, "start", false); err != nil {
 			return v.rec, m.wrap("start", rec.Name, err)
 		}
 	}
-	err = m.boot(ctx, v, readyAgent, m.steps("start", p, m.startSteps(readyAgent)))
+	err = m.boot(ctx, v, readyAgent, false, m.steps("start", p, m.startSteps(readyAgent)))
 	if err != nil && v.rec.State == store.Running {
 		// It runs, but the system did not get ready. Whoever cancels wants it as it
 		// was; a slow system is left to itself.
 		held, herr := shim.Held(v.dir.Path())
 		if ctx.Err() != nil || herr == nil && !held {
-			err = errors.Join(err, m.undoRun(ctx, v, "start"))
+			err = errors.Join(err, m.undoRun(ctx, v, "start", false))
 		}
 	}
 	return v.rec, m.wrap("start", rec.Name, err)
@@ -74,21 +65,24 @@ func (m *Manager) startSteps(readyAgent bool) int {
 	return n
 }
 
-// boot takes v from stopped to running, or back to stopped with LastError.
-func (m *Manager) boot(ctx context.Context, v *machine, readyAgent bool, s steps) error {
-	if err := m.transition(ctx, v, store.Starting, func(r *store.VM) { r.LastError, r.Ended = "", "" }); err != nil {
+// boot takes v from stopped to running, or back to stopped with LastError. reboot says
+// that the guest asked for it: the wish outlives a boot that is broken off.
+func (m *Manager) boot(ctx context.Context, v *machine, readyAgent, reboot bool, s steps) error {
+	err := m.transition(ctx, v, store.Starting, func(r *store.VM) { r.LastError, r.Ended, r.Reboot = "", "", reboot })
+	if err != nil {
 		return err
 	}
 	err, stuck := m.acquireAll(ctx, v, scopeRun, s)
 	if err == nil {
-		if err = m.transition(ctx, v, store.Running, nil); err != nil {
+		if err = m.transition(ctx, v, store.Running, func(r *store.VM) { r.Reboot = false }); err != nil {
 			undo, cancel := undoContext(ctx)
 			defer cancel()
 			stuck = m.releaseAll(undo, v, scopeRun, s.verb)
 		}
 	}
 	if err != nil {
-		return errors.Join(err, stuck, m.settle(ctx, v, err.Error(), "", stuck))
+		as := outcome{lastError: err.Error(), reboot: reboot && ctx.Err() != nil}
+		return errors.Join(err, stuck, m.settle(ctx, v, as, stuck))
 	}
 	m.watch(v)
 	if readyAgent {
@@ -98,17 +92,23 @@ func (m *Manager) boot(ctx context.Context, v *machine, readyAgent bool, s steps
 	return m.waitSystem(ctx, v, s.verb)
 }
 
+// outcome is what a record says of the run that is over.
+type outcome struct {
+	lastError, ended string
+	reboot           bool
+}
+
 // settle writes where a VM is after its run rows were released: stopped, or failed
 // when something is stuck. When that fails too, Recover finds the record in its old
 // state and settles it.
-func (m *Manager) settle(ctx context.Context, v *machine, lastError, ended string, stuck error) error {
+func (m *Manager) settle(ctx context.Context, v *machine, as outcome, stuck error) error {
 	ctx, cancel := undoContext(ctx)
 	defer cancel()
 	to := store.Stopped
 	if stuck != nil {
-		to, lastError = store.Failed, stuck.Error()
+		to, as.lastError, as.reboot = store.Failed, stuck.Error(), false
 	}
-	return m.transition(ctx, v, to, func(r *store.VM) { r.LastError, r.Ended = lastError, ended })
+	return m.transition(ctx, v, to, func(r *store.VM) { r.LastError, r.Ended, r.Reboot = as.lastError, as.ended, as.reboot })
 }
 
 // Stop shuts a VM down, by force after timeout (zero: the default; negative: at
@@ -118,21 +118,24 @@ func (m *Manager) Stop(ctx context.Context, id string, timeout time.Duration, p 
 	if timeout < 0 {
 		verb = opstate.VerbKill
 	}
-	ctx, turn, err := m.begin(ctx, id, verb, p)
+	ctx, end, err := m.begin(ctx, id, verb, p)
 	if err != nil {
 		return store.VM{}, err
 	}
-	defer turn.end()
+	defer end()
 	rec, err := m.store.VM(ctx, id)
 	if errors.Is(err, store.ErrNotFound) {
 		return rec, nil // the create that was taken over has undone itself
 	}
-	if err != nil || rec.State == store.Stopped {
+	if err != nil || rec.State == store.Stopped && !rec.Reboot {
 		return rec, err
 	}
 	v, err := m.machine(ctx, rec)
 	if err != nil {
 		return rec, m.wrap("stop", rec.Name, err)
+	}
+	if rec.State == store.Stopped { // and about to reboot
+		return v.rec, m.wrap("stop", rec.Name, m.settle(ctx, v, outcome{ended: rec.Ended}, nil))
 	}
 	s := m.steps("stop", p, 2)
 	m.interruptWorkspaces(ctx, id)
@@ -152,38 +155,39 @@ func (m *Manager) Stop(ctx context.Context, id string, timeout time.Duration, p 
 		}
 	}
 	s.step("release")
-	return v.rec, m.wrap("stop", rec.Name, m.undoRun(ctx, v, "stop"))
+	return v.rec, m.wrap("stop", rec.Name, m.undoRun(ctx, v, "stop", false))
 }
 
 // undoRun is halt, not cancelled half way.
-func (m *Manager) undoRun(ctx context.Context, v *machine, verb string) error {
+func (m *Manager) undoRun(ctx context.Context, v *machine, verb string, reboot bool) error {
 	ctx, cancel := undoContext(ctx)
 	defer cancel()
-	return m.halt(ctx, v, verb)
+	return m.halt(ctx, v, verb, reboot)
 }
 
-// halt releases what a VM holds while it runs and settles the record.
-func (m *Manager) halt(ctx context.Context, v *machine, verb string) error {
+// halt releases what a VM holds while it runs and settles the record. reboot is written
+// first: whoever finishes a halt that was broken off knows whether a start follows.
+func (m *Manager) halt(ctx context.Context, v *machine, verb string, reboot bool) error {
 	stopping := func() error {
-		if v.rec.State == store.Stopping {
-			return nil
-		}
-		return m.transition(ctx, v, store.Stopping, nil)
+		return m.transition(ctx, v, store.Stopping, func(r *store.VM) { r.Reboot = reboot })
 	}
 	// On a full disk the release comes first: it is what makes room.
-	if err := stopping(); err != nil && !isDiskFull(err) {
-		return err
+	full := stopping()
+	if full != nil && !isDiskFull(full) {
+		return full
 	}
 	m.interruptWorkspaces(ctx, v.rec.ID)
 	stuck := m.releaseAll(ctx, v, scopeRun, verb)
-	if err := stopping(); err != nil {
-		return errors.Join(stuck, err)
+	if full != nil {
+		if err := stopping(); err != nil {
+			return errors.Join(stuck, err)
+		}
 	}
 	ended := ""
 	if e, err := shim.ReadExit(v.dir.Path()); err == nil {
 		ended = describeExit(e)
 	}
-	return errors.Join(stuck, m.settle(ctx, v, "", ended, stuck))
+	return errors.Join(stuck, m.settle(ctx, v, outcome{ended: ended, reboot: reboot}, stuck))
 }
 
 // Delete removes a VM and its disk. A running one only by force.
@@ -192,11 +196,11 @@ func (m *Manager) Delete(ctx context.Context, id string, force bool, p Progress)
 	if _, err := m.removable(ctx, id, force); err != nil {
 		return err
 	}
-	ctx, turn, err := m.begin(ctx, id, opstate.VerbDelete, p)
+	ctx, end, err := m.begin(ctx, id, opstate.VerbDelete, p)
 	if err != nil {
 		return err
 	}
-	defer turn.end()
+	defer end()
 	rec, err := m.removable(ctx, id, force)
 	if api.CodeOf(err) == api.NotFound {
 		return nil // the create that was taken over has undone itself

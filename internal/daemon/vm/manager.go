@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"banger/api"
@@ -91,8 +92,7 @@ type Manager struct {
 	cache    *handleCache
 	leases   *leases
 
-	// reboots holds the ids of VMs whose guest asked for a reboot that is not begun yet.
-	reboots sync.Map
+	reboots atomic.Int32 // under way, see Reboots
 
 	// background work: watchers, reboots, expired leases
 	ctx    context.Context
@@ -170,25 +170,17 @@ func (m *Manager) transition(ctx context.Context, v *machine, to store.State, se
 	return nil
 }
 
-// turn is the slot of a VM while one operation holds it.
-type turn struct {
-	end         func()
-	rebootAsked bool // the guest asked for one, and nobody has seen to it before
-}
-
-// begin takes the slot of a VM for verb. The returned context ends when another
-// verb takes over.
-func (m *Manager) begin(ctx context.Context, id string, verb opstate.Verb, p Progress) (context.Context, turn, error) {
+// begin takes the slot of a VM for verb, until end is called. The returned context ends
+// when another verb takes over.
+func (m *Manager) begin(ctx context.Context, id string, verb opstate.Verb, p Progress) (_ context.Context, end func(), err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	takenOver := func() { cancel(errTakenOver) }
 	release, err := m.slots.Acquire(ctx, id, verb, p.ID(), takenOver)
 	if err != nil {
 		cancel(nil)
-		return nil, turn{}, err
+		return nil, nil, err
 	}
-	// Whoever has the slot says what becomes of the VM.
-	_, asked := m.reboots.LoadAndDelete(id)
-	return ctx, turn{end: func() { release(); cancel(nil) }, rebootAsked: asked}, nil
+	return ctx, func() { release(); cancel(nil) }, nil
 }
 
 // record reads the record of a VM. One that is not there is an error in words.

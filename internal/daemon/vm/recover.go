@@ -52,6 +52,12 @@ func (m *Manager) Recover(ctx context.Context) error {
 	if err := m.sweep(ctx); err != nil {
 		m.log.Error("cannot remove what belongs to no VM", "err", err)
 	}
+	if vms, err = m.store.VMs(ctx); err != nil {
+		return err
+	}
+	for _, rec := range vms {
+		m.rebootIfAsked(rec)
+	}
 	return nil
 }
 
@@ -93,25 +99,25 @@ func (m *Manager) recoverVM(ctx context.Context, rec store.VM) error {
 			m.adopt(v, herr)
 			return nil
 		}
-		return m.recoverEnded(ctx, v)
+		return m.haltEnded(ctx, v, "recover")
 	case store.Stopping:
-		return m.recoverEnded(ctx, v)
+		return m.haltEnded(ctx, v, "recover")
 	}
-	lastError := rec.LastError
+	as := outcome{lastError: rec.LastError, ended: rec.Ended, reboot: rec.Reboot}
 	if rec.State == store.Starting {
-		lastError = "the daemon ended while it was starting"
+		as.lastError = "the daemon ended while it was starting"
 	}
 	stuck := m.releaseAll(ctx, v, scopeRun, "recover")
-	if rec.State == store.Stopped && stuck == nil {
-		return nil
-	}
 	if rec.State == store.Failed {
 		if err := m.transition(ctx, v, store.Stopping, nil); err != nil {
 			return errors.Join(err, stuck)
 		}
-		lastError = ""
+		as.lastError = ""
 	}
-	return errors.Join(stuck, m.settle(ctx, v, lastError, rec.Ended, stuck))
+	if rec.State == store.Stopped && stuck == nil {
+		return nil
+	}
+	return errors.Join(stuck, m.settle(ctx, v, as, stuck))
 }
 
 // adopt takes over a VM that went on running without a daemon.
@@ -128,18 +134,6 @@ func (m *Manager) adopt(v *machine, herr error) {
 	}
 	m.cache.put(v.rec.ID, e)
 	m.watch(v)
-}
-
-// recoverEnded cleans up after a VM that ended, or was being stopped, while no daemon
-// lived, and carries out a reboot that its guest asked for.
-func (m *Manager) recoverEnded(ctx context.Context, v *machine) error {
-	if err := m.halt(ctx, v, "recover"); err != nil {
-		return err
-	}
-	if rebootAsked(v) {
-		m.rebootLater(v.rec.ID)
-	}
-	return nil
 }
 
 // recoverRows looks at directories without a row. With a record.json the row is
@@ -192,7 +186,7 @@ func (m *Manager) recoverRow(ctx context.Context, id string) error {
 	dir := m.layout.VM(id)
 	rec, err := readRecord(dir)
 	if err == nil && rec.ID == id {
-		rec.State = store.Stopped
+		rec.State, rec.Reboot = store.Stopped, false
 		if held, err := shim.Held(dir.Path()); err != nil {
 			return err
 		} else if held {

@@ -87,31 +87,48 @@ func (m *Manager) reapHeld(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
-	if err := m.undoRun(ctx, v, "reap"); err != nil {
+	undo, cancel := undoContext(ctx)
+	defer cancel()
+	if err := m.haltEnded(undo, v, "reap"); err != nil {
 		return err
 	}
 	m.log.Info("a VM ended by itself", "vm", rec.Name, "how", v.rec.Ended)
-	if rebootAsked(v) {
-		m.rebootLater(id)
-	}
+	m.rebootIfAsked(v.rec)
 	return nil
 }
 
-func rebootAsked(v *machine) bool {
-	e, err := shim.ReadExit(v.dir.Path())
-	return err == nil && e.Intent == "reboot"
+// haltEnded is halt for a VM that ended by itself, or whose halt was broken off.
+func (m *Manager) haltEnded(ctx context.Context, v *machine, verb string) error {
+	reboot := v.rec.Reboot // as the halt that was broken off has written it
+	if v.rec.State == store.Running {
+		e, err := shim.ReadExit(v.dir.Path())
+		reboot = err == nil && e.Intent == "reboot"
+	}
+	return m.halt(ctx, v, verb, reboot)
 }
 
-// rebootLater starts a VM whose guest asked for it, unless an operation of a user
-// gets the slot first: that one says what becomes of the VM (see begin).
-func (m *Manager) rebootLater(id string) {
-	m.reboots.Store(id, true)
+// rebootIfAsked starts a VM in the background when its guest has asked for a reboot. An
+// operation of a user that gets the slot first has the last word.
+func (m *Manager) rebootIfAsked(rec store.VM) {
+	if !rec.Reboot || rec.State != store.Stopped {
+		return
+	}
+	id, name := rec.ID, rec.Name
 	m.background(func(ctx context.Context) {
-		for ctx.Err() == nil {
-			_, err := m.start(ctx, id, true, true, noProgress{})
-			if api.CodeOf(err) != api.Busy {
-				if err != nil && ctx.Err() == nil {
-					m.log.Error("cannot carry out a reboot", "vm", id, "err", err)
+		m.reboots.Add(1)
+		defer m.reboots.Add(-1)
+		for {
+			begun, err := m.reboot(ctx, id)
+			switch {
+			case ctx.Err() != nil:
+				return // the record still has it, for the next daemon
+			case !begun && api.CodeOf(err) == api.Busy:
+			case api.CodeOf(err) == api.Cancelled:
+				m.log.Info("a reboot was taken over", "vm", name, "by", err)
+				return
+			default:
+				if err != nil {
+					m.log.Error("cannot carry out a reboot", "vm", name, "err", err)
 				}
 				return
 			}
@@ -122,6 +139,31 @@ func (m *Manager) rebootLater(id string) {
 		}
 	})
 }
+
+// reboot starts a VM if the wish of its guest still stands when the slot is granted.
+// begun is false when it was not.
+func (m *Manager) reboot(ctx context.Context, id string) (begun bool, err error) {
+	ctx, end, err := m.begin(ctx, id, opstate.VerbStart, noProgress{})
+	if err != nil {
+		return false, err
+	}
+	defer end()
+	rec, err := m.store.VM(ctx, id)
+	if errors.Is(err, store.ErrNotFound) || err == nil && !rec.Reboot {
+		return true, nil
+	}
+	if err != nil {
+		return true, err
+	}
+	v, err := m.machine(ctx, rec)
+	if err != nil {
+		return true, err
+	}
+	return true, m.boot(ctx, v, true, true, m.steps("reboot", noProgress{}, 0))
+}
+
+// Reboots counts the reboots that are under way: a daemon that has one is not idle.
+func (m *Manager) Reboots() int { return int(m.reboots.Load()) }
 
 // noProgress is for work that nobody watches.
 type noProgress struct{}

@@ -147,7 +147,7 @@ const (
 	NeverReady   Scenario = "never-ready"   // the agent answers, the system does not get ready
 	Degraded     Scenario = "degraded"      // ready, with a failed unit fake.service
 	SlowShutdown Scenario = "slow-shutdown" // going down takes SlowShutdownTime
-	NoShutdown   Scenario = "no-shutdown"   // going down is promised and does not happen
+	NoShutdown   Scenario = "no-shutdown"   // going down is promised to who asks, and does not happen
 )
 
 // SlowShutdownTime is how long SlowShutdown takes.

@@ -1,0 +1,3 @@
+-- +goose Up
+
+ALTER TABLE vms ADD COLUMN reboot INTEGER NOT NULL DEFAULT 0 CHECK (reboot IN (0, 1));
