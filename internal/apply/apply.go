@@ -11,10 +11,12 @@
 //	done        the second names are removed
 //
 // An error before done takes everything back, and so does the next apply when this one was
-// killed; from done on it has happened, and the next apply only clears up what is left. A
-// file that somebody changed since is left as it is, and its former content is kept under
-// the second name. All of it lies in GITDIR/banger-apply, which one apply at a time has,
-// and which is gone when nothing is left to do.
+// killed; from done on it has happened, and each later apply clears up what is left. A file
+// that somebody changed since is left as it is, and its former content is kept under the
+// second name; so is a file whose second name somebody removed or gave to something else.
+// Both are named, and neither holds up the rest or the next apply. All of it lies in
+// GITDIR/banger-apply, which one apply at a time has, and which is gone when nothing is left
+// to do.
 package apply
 
 import (

@@ -18,25 +18,26 @@ import (
 // install puts the changes into the working tree.
 func (s *session) install(ctx context.Context, changes []change) error {
 	j := s.plan(changes)
-	if err := s.save(j, preparing); err != nil {
-		return err
-	}
-	err := s.prepareNew(ctx, j, changes)
+	err := s.save(j, preparing)
 	if err == nil {
-		if err = s.save(j, moving); err == nil {
-			err = s.move(j, changes)
-		}
+		err = s.prepareNew(ctx, j, changes)
+	}
+	if err == nil {
+		err = s.save(j, moving)
+	}
+	if err == nil {
+		err = s.move(j, changes)
 	}
 	if err == nil {
 		// Or what a power loss leaves could be less than the journal says.
 		err = s.sync()
 	}
 	if err == nil {
-		err = s.save(j, done)
+		err = s.finish(j)
 	}
 	if err != nil {
 		if undoErr := s.undo(j); undoErr != nil {
-			return api.Errorf(api.Internal, "%v; and cannot take it back: %w", err, undoErr).WithHint("banger apply")
+			return api.Errorf(api.Internal, "%v; %w", err, undoErr).WithHint("banger apply")
 		}
 		return err
 	}
@@ -50,8 +51,7 @@ func (s *session) install(ctx context.Context, changes []change) error {
 // plan chooses the other names. They lie in the folder of the file, or the nearest one
 // above that is there and stays: a rename must not leave the file system.
 func (s *session) plan(changes []change) *journal {
-	j := &journal{Version: 1}
-	id := strings.ToLower(rand.Text()[:8])
+	j := &journal{Version: version, ID: strings.ToLower(rand.Text()[:8])}
 	replaced := map[string]bool{}
 	for _, c := range changes {
 		if c.new.present {
@@ -74,10 +74,10 @@ func (s *session) plan(changes []change) *journal {
 		}
 		step := entry{Path: []byte(c.path)}
 		if c.new.present {
-			step.New = []byte(path.Join(dir, fmt.Sprintf(".banger-apply-%s-%d.new", id, i)))
+			step.New = []byte(path.Join(dir, fmt.Sprintf(".banger-apply-%s-%d.new", j.ID, i)))
 		}
 		if c.old.present && c.old.kind != fs.ModeDir {
-			step.Old = []byte(path.Join(dir, fmt.Sprintf(".banger-apply-%s-%d.old", id, i)))
+			step.Old = []byte(path.Join(dir, fmt.Sprintf(".banger-apply-%s-%d.old", j.ID, i)))
 		}
 		j.Steps = append(j.Steps, step)
 	}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -19,7 +20,8 @@ import (
 )
 
 // killMode makes the test binary an apply that kills itself ahead of this step, which is a
-// number or a name. Its arguments are the working tree and the patch.
+// number or a name; after the name and a comma, that of a step that fails before. Its
+// arguments are the working tree and the patch.
 const killMode = "BANGER_APPLY_TEST_KILL"
 
 func TestMain(m *testing.M) {
@@ -28,6 +30,7 @@ func TestMain(m *testing.M) {
 		os.Exit(m.Run())
 	}
 	n := 0
+	at, bad, _ := strings.Cut(at, ",")
 	f, err := os.Open(os.Args[2])
 	if err == nil {
 		_, err = Patch(context.Background(), os.Args[1], f, Options{before: func(step string) error {
@@ -37,6 +40,9 @@ func TestMain(m *testing.M) {
 				select {} // until the signal is there
 			}
 			n++
+			if step == bad {
+				return unix.EIO
+			}
 			return nil
 		}})
 	}
@@ -90,7 +96,7 @@ func TestAllOrNothing(t *testing.T) {
 				steps = append(steps, kind)
 			}
 		}
-		equal(t, how.name, strings.Join(steps, " "), "journal write journal put mkdir rename sync journal clear")
+		equal(t, how.name, strings.Join(steps, " "), "journal sync write journal sync put mkdir rename sync journal sync clear")
 	}
 }
 
@@ -130,8 +136,8 @@ func stepIsKilled(r *repo, k int) (at string) {
 		equal(r.t, "working tree", state(r.t, r.host, false), after)
 		return ""
 	}
-	then, said := before, "an earlier apply was interrupted, and is taken back"
-	if strings.HasPrefix(at, "clear ") {
+	then, said := before, "an earlier apply did not come to its end; it is taken back"
+	if at == "sync done" || strings.HasPrefix(at, "clear ") {
 		then, said = after, "an earlier apply did not come to its end; all its changes are in place"
 	}
 	write(r.t, r.host, ".git/banger-apply/journal.new", "{") // it may have come that far, too
@@ -146,21 +152,119 @@ func stepIsKilled(r *repo, k int) (at string) {
 	return at
 }
 
-// A file that was edited after the kill is not overwritten by taking back.
+// Files that somebody touched after the kill are not overwritten by taking back, and do not
+// hold it up: they are named, and the rest is taken back.
 func TestRecoveryKeepsEdits(t *testing.T) {
+	remove := func(r *repo, name string) { must(r.t, os.RemoveAll(filepath.Join(r.host, name))) }
+	pipe := func(r *repo, name string) {
+		remove(r, name)
+		must(r.t, unix.Mkfifo(filepath.Join(r.host, name), 0o600))
+	}
+	full := func(r *repo, name string) {
+		remove(r, name)
+		write(r.t, r.host, name+"/mine", "mine\n")
+	}
+	file := func(r *repo, name string) {
+		remove(r, name)
+		write(r.t, r.host, name, "edited since\n")
+	}
+	const lost, changed = " is left as it is: somebody removed or replaced OLD, its former content", " was changed meanwhile and is left as it is; its former content is OLD"
+	for _, c := range []struct {
+		what  string
+		do    func(r *repo, name string)
+		path  string // whose second name is OLD
+		name  string // what is touched
+		note  string
+		stays []string // and is not as it was before
+	}{
+		{"edited", file, "edited", "edited", changed, []string{"edited", "OLD"}},
+		{"becomes a pipe", pipe, "edited", "edited", changed, []string{"edited", "OLD"}},
+		{"its folder becomes a file", file, "tofile/a", "tofile", changed, []string{"tofile", "tofile/a", "tofile/b", "tofile/b/c", "OLD", "OLD2"}},
+		{"old removed", remove, "edited", "OLD", lost, []string{"edited"}},
+		{"old becomes a pipe", pipe, "edited", "OLD", lost, []string{"edited", "OLD"}},
+		{"old becomes a folder", full, "edited", "OLD", lost, []string{"edited", "OLD"}},
+		{"of a deletion: old removed", remove, "gone", "OLD", lost, []string{"gone"}},
+		{"of a deletion: old becomes a pipe", pipe, "gone", "OLD", lost, []string{"gone", "OLD"}},
+		{"of a deletion: old becomes a folder", full, "gone", "OLD", lost, []string{"gone", "OLD"}},
+	} {
+		t.Run(c.what, func(t *testing.T) {
+			r := busy(t)
+			before := state(t, r.host, false)
+			r.killed("journal " + done)
+			named := strings.NewReplacer("OLD2", r.second("tofile/b/c"), "OLD", r.second(c.path))
+			c.do(r, named.Replace(c.name))
+			touched := state(t, r.host, false)
+			write(t, filepath.Dir(r.patch), "patch", "")
+			must(t, r.apply(Options{}))
+			said := strings.Join(r.result.Notes, "\n")
+			if !strings.Contains(said, named.Replace(c.path+c.note)) || !strings.HasSuffix(said, "an earlier apply did not come to its end; the rest of it is taken back") {
+				t.Errorf("said %q", said)
+			}
+			var stay []string
+			for _, name := range c.stays {
+				stay = append(stay, named.Replace(name))
+			}
+			now := state(t, r.host, false)
+			equal(t, "the rest", without(now, stay), without(before, stay))
+			equal(t, "what was touched", only(now, stay), only(touched, stay))
+			r.noFolder("recovered")
+		})
+	}
+}
+
+// second is the second name of a file, as the journal has it.
+func (r *repo) second(path string) string {
+	r.t.Helper()
+	s := session{dir: filepath.Join(r.host, ".git/banger-apply")}
+	j, err := s.load("journal")
+	must(r.t, err)
+	for _, step := range j.Steps {
+		if string(step.Path) == path {
+			return string(step.Old)
+		}
+	}
+	r.t.Fatalf("%s is not in the journal", path)
+	return ""
+}
+
+// only keeps the lines of a state that are about these names, or what is below them.
+func only(state string, names []string) string {
+	var b strings.Builder
+	for line := range strings.Lines(state) {
+		if about(line, names) {
+			b.WriteString(line)
+		}
+	}
+	return b.String()
+}
+
+func without(state string, names []string) string {
+	var b strings.Builder
+	for line := range strings.Lines(state) {
+		if !about(line, names) && !strings.HasPrefix(line, `"." `) {
+			b.WriteString(line)
+		}
+	}
+	return b.String()
+}
+
+func about(line string, names []string) bool {
+	return slices.ContainsFunc(names, func(name string) bool {
+		return strings.HasPrefix(line, strconv.Quote(name)+" ") || strings.HasPrefix(line, strings.TrimSuffix(strconv.Quote(name), `"`)+"/")
+	})
+}
+
+// While it is taken back the journal does not say done, though it did so when that could
+// not be brought to the disk.
+func TestKilledTakingBack(t *testing.T) {
 	r := busy(t)
-	r.killed("journal " + done)
-	must(t, os.Remove(filepath.Join(r.host, "edited")))
-	write(t, r.host, "edited", "edited since\n")
-	fails(t, r.apply(Options{}), api.Refused, "edited")
-	if got := strings.Join(r.result.Notes, "\n"); !strings.Contains(got, "edited was changed meanwhile") || !strings.Contains(got, ".banger-apply-") {
-		t.Errorf("said %q", got)
+	before := state(t, r.host, false)
+	if at := r.killed("take back edited,sync done"); at != "take back edited" {
+		t.Fatalf("killed at %q", at)
 	}
-	data, err := os.ReadFile(filepath.Join(r.host, "edited"))
-	must(t, err)
-	if string(data) != "edited since\n" {
-		t.Errorf("the edit is lost: %q", data)
-	}
+	must(t, r.apply(Options{Check: true}))
+	equal(t, "after the next", state(t, r.host, false), before)
+	r.noFolder("after the next")
 }
 
 // A file that changes between the check and the move is not overwritten.
@@ -178,25 +282,142 @@ func TestChangedMeanwhile(t *testing.T) {
 	}
 }
 
+// Nor is one that takes the place of an empty folder.
+func TestFolderChangedMeanwhile(t *testing.T) {
+	r := newRepo(t, map[string]string{"a": "a\n"})
+	write(t, r.guest, "new", "inside\n")
+	r.diff()
+	must(t, os.Mkdir(filepath.Join(r.host, "new"), 0o755))
+	err := r.apply(Options{before: func(step string) error {
+		if step == "journal "+moving {
+			must(t, os.Remove(filepath.Join(r.host, "new")))
+			write(t, r.host, "new", "mine\n")
+		}
+		return nil
+	}})
+	fails(t, err, api.Busy, "new changes meanwhile")
+	if data, _ := os.ReadFile(filepath.Join(r.host, "new")); string(data) != "mine\n" {
+		t.Errorf("new is %q", data)
+	}
+}
+
+// failing are options with which these steps fail, each when it comes again after it was
+// let through so many times.
+func failing(err error, steps map[string]int) Options {
+	return Options{before: func(step string) error {
+		n, bad := steps[step]
+		if !bad {
+			return nil
+		}
+		if steps[step] = n - 1; n > 0 {
+			return nil
+		}
+		return err
+	}}
+}
+
 // What cannot be taken back is said, also to who interrupted it, and is taken back by the
-// next apply.
+// next apply. The rest is taken back at once.
 func TestNotTakenBack(t *testing.T) {
 	r := busy(t)
 	before := state(t, r.host, false)
+	bad := failing(unix.EIO, map[string]int{"take back edited": 0, "take back link": 0})
 	err := r.apply(Options{before: func(step string) error {
-		switch {
-		case step == "rename new/deep/file":
+		if step == "rename todir/deep/file" {
 			return context.Canceled
-		case strings.HasPrefix(step, "take back "):
+		}
+		return bad.before(step)
+	}})
+	if fails(t, err, api.Internal, "cannot take back edited, link: input/output error"); errors.Is(err, context.Canceled) {
+		t.Error("it only says that it was interrupted")
+	}
+	r.came(Result{})
+	stay := []string{"edited", "link", r.second("edited")}
+	equal(t, "the rest", without(state(t, r.host, false), stay), without(before, stay))
+	err = r.apply(failing(unix.EIO, map[string]int{"take back edited": 0}))
+	fails(t, err, api.Internal, "an earlier apply did not come to its end; cannot take back edited: input/output error")
+	must(t, r.apply(Options{Check: true}))
+	equal(t, "after the next", state(t, r.host, false), before)
+	r.noFolder("after the next")
+}
+
+// Nothing is taken back before the disk holds that it is not done.
+func TestNotReopened(t *testing.T) {
+	r := busy(t)
+	before := state(t, r.host, false)
+	err := r.apply(failing(unix.EIO, map[string]int{"sync done": 0, "sync moving": 1}))
+	fails(t, err, api.Internal, "cannot take it back: input/output error")
+	now := state(t, r.host, false)
+	for line := range strings.Lines(state(t, r.guest, false)) {
+		if !strings.Contains(now, line) {
+			t.Errorf("is not in place: %s", line)
+		}
+	}
+	must(t, r.apply(Options{Check: true}))
+	equal(t, "after the next", state(t, r.host, false), before)
+	r.noFolder("after the next")
+}
+
+// When the disk fails, what is said is how the working tree is.
+func TestSyncFails(t *testing.T) {
+	r := busy(t)
+	before := state(t, r.host, false)
+	once := true
+	err := r.apply(Options{before: func(step string) error {
+		if step == "sync "+r.host && once {
+			once = false
 			return unix.EIO
 		}
 		return nil
 	}})
-	if fails(t, err, api.Internal, "cannot take it back: input/output error"); errors.Is(err, context.Canceled) {
-		t.Error("it only says that it was interrupted")
+	if err == nil || err.Error() != "cannot apply: input/output error" {
+		t.Errorf("all was taken back, and it says %v", err)
 	}
-	must(t, r.apply(Options{Check: true}))
-	equal(t, "after the next", state(t, r.host, false), before)
+	equal(t, "after once", state(t, r.host, false), before)
+	r.noFolder("after once")
+
+	const back = "it is taken back, but that may not be on the disk: input/output error"
+	bad := failing(unix.EIO, map[string]int{"sync " + r.host: 0})
+	fails(t, r.apply(bad), api.Internal, "cannot apply: input/output error; "+back)
+	equal(t, "after twice", state(t, r.host, false), before)
+	fails(t, r.apply(bad), api.Internal, "cannot apply: an earlier apply did not come to its end; "+back)
+	must(t, r.apply(Options{}))
+	r.came(Result{Files: 14, Notes: []string{"an earlier apply did not come to its end; it is taken back"}})
+	equal(t, "at last", state(t, r.host, false), state(t, r.guest, false))
+	r.noFolder("at last")
+}
+
+// What could not be removed is remembered also when the next apply has something to do, and
+// cannot clear up either.
+func TestLeftOverTwice(t *testing.T) {
+	r := busy(t)
+	var olds []string
+	clearFails := Options{before: func(step string) error {
+		if name, ok := strings.CutPrefix(step, "clear "); ok {
+			olds = append(olds, name)
+			return unix.EIO
+		}
+		return nil
+	}}
+	must(t, r.apply(clearFails))
+	r.git(r.guest, "commit", "-q", "-m", "first")
+	write(t, r.guest, "untouched", "second\n")
+	r.diff()
+	first := len(olds)
+	must(t, r.apply(clearFails))
+	slices.Sort(olds)
+	if olds = slices.Compact(olds); len(olds) != first+1 {
+		t.Fatalf("%d second names after %d", len(olds), first)
+	}
+	for _, name := range olds {
+		if _, err := os.Lstat(filepath.Join(r.host, name)); err != nil {
+			t.Error(err)
+		}
+	}
+	must(t, r.apply(Options{}))
+	r.came(Result{Present: true, Notes: []string{"an earlier apply did not come to its end; all its changes are in place"}})
+	equal(t, "at last", state(t, r.host, false), state(t, r.guest, false))
+	r.noFolder("at last")
 }
 
 // What is in the way of clearing up is named, and is no failure: neither of that apply nor

@@ -18,7 +18,7 @@ import (
 
 // file is a file as it is or is to be. The zero value is no file.
 type file struct {
-	kind       fs.FileMode // 0 regular, fs.ModeSymlink, fs.ModeDir
+	kind       fs.FileMode // 0 regular, fs.ModeSymlink, fs.ModeDir, another
 	present    bool
 	executable bool
 	target     string // of a symbolic link
@@ -50,15 +50,14 @@ func look(root *os.Root, name string) (file, error) {
 	if st, ok := info.Sys().(*syscall.Stat_t); ok {
 		f.id = identity{Dev: st.Dev, Ino: st.Ino, Size: st.Size, MTime: st.Mtim.Nano(), CTime: st.Ctim.Nano()}
 	}
-	switch f.kind {
-	case 0, fs.ModeDir:
-	case fs.ModeSymlink:
+	if f.kind == fs.ModeSymlink {
 		f.target, err = root.Readlink(name)
-	default:
-		err = api.Errorf(api.Refused, "%s is neither a file nor a folder on the host", shown(name)).WithHint("ls -l %s", shown(name))
 	}
 	return f, err
 }
+
+// plain tells that it is a file that apply handles: a regular one, or a symbolic link.
+func (f file) plain() bool { return f.present && (f.kind == 0 || f.kind == fs.ModeSymlink) }
 
 // outcome lets git apply the patch to copies and returns what differs from the host.
 func (s *session) outcome(ctx context.Context, t touched) ([]change, error) {
@@ -74,6 +73,9 @@ func (s *session) outcome(ctx context.Context, t touched) ([]change, error) {
 			if f, err = look(s.root, path); err != nil {
 				return nil, err
 			}
+		}
+		if f.present && !f.plain() && f.kind != fs.ModeDir {
+			return nil, api.Errorf(api.Refused, "%s is neither a file nor a folder on the host", shown(path)).WithHint("ls -l %s", shown(path))
 		}
 		host[path] = f
 		if !t.created[path] {
@@ -183,7 +185,7 @@ func unchanged(root *os.Root, name string, f file) error {
 	if err != nil {
 		return err
 	}
-	if now.present != f.present || now.id != f.id && f.kind != fs.ModeDir {
+	if now.present != f.present || now.kind != f.kind || now.id != f.id && f.kind != fs.ModeDir {
 		return api.Errorf(api.Busy, "%s changes meanwhile", shown(name)).WithHint("banger apply")
 	}
 	return nil

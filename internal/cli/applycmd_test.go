@@ -58,10 +58,10 @@ func TestApplyWords(t *testing.T) {
 	if err := os.Mkdir(folder, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(folder, "journal"), []byte(`{"version":1,"state":"preparing"}`), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(folder, "journal"), []byte(`{"version":2,"state":"preparing"}`), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	want(t, "recovery", d.run("apply"), result{exitRefused, "", "a note\nan earlier apply was interrupted, and is taken back\n" +
+	want(t, "recovery", d.run("apply"), result{exitRefused, "", "a note\nan earlier apply did not come to its end; it is taken back\n" +
 		"banger: cannot apply: the host's files have changed in the same places: a\nhint: banger apply --branch NAME\n"})
 	d.patch = []*bangerv1.ExportChunk{{Meta: meta}}
 	want(t, "nothing", d.run("apply"), result{0, "", "a note\nnothing to apply\n"})
