@@ -189,7 +189,7 @@ func TestLeftInTheMiddleOfARequest(t *testing.T) {
 	w.commit("first")
 	check(t, os.MkdirAll(filepath.Join(w.inside, ".git"), 0o755))
 	want(t, "folder", w.prepare().Workspace.GuestPath, w.inside)
-	for _, name := range []string{"refs/banger/next", "refs/banger/base", "refs/banger/head", "refs/banger/host", "banger/HEAD"} {
+	for _, name := range []string{"refs/banger/next", "refs/banger/base", "refs/banger/head", "refs/banger/host", "banger/HEAD", "banger/index"} {
 		write(t, w.inside, ".git/"+name+".lock", "")
 	}
 	write(t, w.host, "a", "b\n")
@@ -344,4 +344,31 @@ func TestChangedInsideMeanwhile(t *testing.T) {
 	p = w.prepare()
 	want(t, "kept", p.Kept, "[a b]")
 	want(t, "b", read(t, w.inside, "b"), "inside\n")
+}
+
+// A guest in which a file changes at each try is not waited for without an end.
+func TestChangesInsideAllTheTime(t *testing.T) {
+	w := newWorld(t)
+	for i := range 2 * mergeTries {
+		write(t, w.host, fmt.Sprint(i), "1\n")
+	}
+	w.commit("first")
+	w.prepare()
+	for i := range 2 * mergeTries {
+		write(t, w.host, fmt.Sprint(i), "from the host\n")
+	}
+	n := 0
+	w.guests.setHook(func(_ int, req *wire.Request) fault {
+		if req.Exec != nil && strings.Contains(strings.Join(req.Exec.Argv, " "), "-m -u") {
+			write(t, w.inside, fmt.Sprint(n), "from the guest, as late as can be\n")
+			n++
+		}
+		return none
+	})
+	_, err := w.tryPrepare(t.Context())
+	wantError(t, err, api.Busy, "files change inside all the time")
+	want(t, "tries", n, mergeTries)
+	w.guests.setHook(nil)
+	want(t, "kept", w.prepare().Kept, "[0 1 2 3 4]")
+	want(t, "the rest", read(t, w.inside, "5"), "from the host\n")
 }

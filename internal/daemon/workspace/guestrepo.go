@@ -231,7 +231,8 @@ func (r guestRepo) begin(ctx context.Context) error {
 	for _, ref := range []string{refBase, refNext, refHead, refHost} {
 		argv = append(argv, r.own(ref+".lock"))
 	}
-	_, err := r.run(ctx, command{argv: argv, dir: r.top})
+	// A git add of 100,000 files leaves as many objects there.
+	_, err := r.run(ctx, command{argv: argv, dir: r.top, slow: true})
 	if err != nil {
 		return err
 	}

@@ -21,67 +21,108 @@ import (
 // checkHome refuses a repository whose git directory is not its own.
 func (r *Repo) checkHome(ctx context.Context) error {
 	dotGit := filepath.Join(r.Path, ".git")
-	elsewhere := api.Errorf(api.Refused, "its git directory %s is not the .git of %s", visible(r.gitDir), visible(r.Path)).
-		WithHint("git config --unset core.worktree")
-	there, err := repositoryGit(r.Path).line(ctx, "rev-parse", "--absolute-git-dir")
-	if err != nil || there != r.gitDir {
-		// core.worktree could name the home directory, and an index in it any file there.
-		return elsewhere
+	git := repositoryGit(r.Path)
+	there, err := git.line(ctx, "rev-parse", "--absolute-git-dir")
+	if err != nil && !strings.Contains(gitSays(err), "not a git repository") {
+		return noWorkTree(ctx, git, err)
 	}
-	info, err := os.Lstat(dotGit)
+	info, statErr := os.Lstat(dotGit)
 	switch {
-	case err != nil:
-		return elsewhere
-	case info.IsDir() && r.gitDir == dotGit && r.commonDir == dotGit:
-	case info.Mode().IsRegular() && r.linkedBack(dotGit):
-	default:
-		err := api.Errorf(api.Refused, "its .git names the git directory %s, which does not name %s", visible(r.gitDir), visible(r.Path))
-		switch {
-		case !info.Mode().IsRegular():
-			return err.WithHint("git clone %s", visible(r.Path))
-		case r.commonDir != r.gitDir:
-			return err.WithHint("git worktree repair")
+	case err != nil, there != r.gitDir, errors.Is(statErr, fs.ErrNotExist):
+		// core.worktree could name the home directory, and an index in it any file there.
+		return api.Errorf(api.Refused, "its git directory %s is not the .git of %s", visible(r.gitDir), visible(r.Path)).
+			WithHint("git config --unset core.worktree")
+	case statErr != nil:
+		return unreadable(dotGit, statErr)
+	case info.Mode().IsRegular():
+		if named, err := r.linkedBack(dotGit); err != nil {
+			return err
+		} else if !named {
+			return r.notNamed()
 		}
-		return err.WithHint("git config core.worktree %s", visible(r.Path))
+	case !info.IsDir() || r.gitDir != dotGit || r.commonDir != dotGit:
+		return r.notNamed().WithHint("git clone %s", visible(r.Path))
 	}
 	return r.checkRefs()
 }
 
+// notNamed is the error for a .git file that is not believed.
+func (r *Repo) notNamed() *api.Error {
+	err := api.Errorf(api.Refused, "its .git names the git directory %s, which does not name %s", visible(r.gitDir), visible(r.Path))
+	if r.commonDir != r.gitDir {
+		return err.WithHint("git worktree repair")
+	}
+	return err.WithHint("git config core.worktree %s", visible(r.Path))
+}
+
 // linkedBack tells whether the git directory that a .git file names says the same: that
 // of a linked working tree does in its file gitdir, and lies where git puts these (see
-// gitrepository-layout(5)); that of a submodule, or one that the user keeps elsewhere,
-// does in core.worktree.
-func (r *Repo) linkedBack(dotGit string) bool {
-	if r.commonDir != r.gitDir {
-		if filepath.Dir(r.gitDir) != filepath.Join(r.commonDir, "worktrees") {
-			return false
+// gitrepository-layout(5)); that of a submodule does in core.worktree. What "git init"
+// and "git clone" make with --separate-git-dir says nothing: checkApart looks further,
+// but not at what is, or lies in, the .git of some other folder.
+func (r *Repo) linkedBack(dotGit string) (bool, error) {
+	if r.commonDir == r.gitDir {
+		if tree := r.config["core.worktree"]; tree != "" {
+			return samePath(r.gitDir, tree, r.Path)
 		}
-		f, err := openPlain(filepath.Join(r.gitDir, "gitdir"))
-		if err != nil {
-			return false
-		}
-		defer f.Close()
-		back, err := io.ReadAll(io.LimitReader(f, unix.PathMax+1))
-		if err != nil {
-			return false
-		}
-		return samePath(r.gitDir, strings.TrimSuffix(string(back), "\n"), dotGit)
+		r.apart = !strings.Contains(r.gitDir+"/", "/.git/")
+		return r.apart, nil
 	}
-	tree := r.config["core.worktree"]
-	return tree != "" && samePath(r.gitDir, tree, r.Path)
+	if filepath.Dir(r.gitDir) != filepath.Join(r.commonDir, "worktrees") {
+		return false, nil
+	}
+	name := filepath.Join(r.gitDir, "gitdir")
+	f, err := openPlain(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	back, err := io.ReadAll(io.LimitReader(f, unix.PathMax+1))
+	if err != nil {
+		return false, unreadable(name, err)
+	}
+	return samePath(r.gitDir, strings.TrimSuffix(string(back), "\n"), dotGit)
 }
 
 // samePath tells whether name, relative to dir or absolute, is the file want.
-func samePath(dir, name, want string) bool {
+func samePath(dir, name, want string) (bool, error) {
 	if !filepath.IsAbs(name) {
 		name = filepath.Join(dir, name)
 	}
-	a, err := os.Lstat(name)
-	if err != nil {
-		return false
+	a, err := os.Stat(name)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
+		return false, nil
 	}
-	b, err := os.Lstat(want)
-	return err == nil && os.SameFile(a, b)
+	if err != nil {
+		return false, unreadable(name, err)
+	}
+	b, err := os.Stat(want)
+	if err != nil {
+		return false, unreadable(want, err)
+	}
+	return os.SameFile(a, b), nil
+}
+
+// checkApart refuses a git directory apart that does not know this working tree. The
+// index of one that does has the inode and the times of a file here, which nobody can
+// put into an archive. Without commits and an index there is nothing to bring in.
+func (s *shadow) checkApart(ctx context.Context, index map[string]indexed) error {
+	if s.repo.Head == "" && len(index) == 0 {
+		return nil
+	}
+	changed, err := s.dirty(ctx) // it goes by inode and times alone
+	if err != nil {
+		return err
+	}
+	for path, e := range index {
+		if e.looked && !changed[path] {
+			return nil
+		}
+	}
+	return s.repo.notNamed()
 }
 
 // checkRefs refuses links where HEAD is looked up: they could name a commit of another
@@ -104,15 +145,30 @@ func (r *Repo) checkRefs() error {
 // which would wait for a writer.
 func openPlain(path string) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
-	if err != nil && !errors.Is(err, unix.ELOOP) {
+	switch {
+	case errors.Is(err, unix.ELOOP):
+		return nil, notPlain(path)
+	case errors.Is(err, fs.ErrNotExist):
 		return nil, err
+	case err != nil:
+		return nil, unreadable(path, err)
 	}
-	if err == nil {
-		info, serr := f.Stat()
-		if serr == nil && info.Mode().IsRegular() {
-			return f, nil
-		}
+	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
 		f.Close()
+		return nil, notPlain(path)
 	}
-	return nil, api.Errorf(api.Refused, "%s is no plain file", visible(path)).WithHint("ls -l %s", visible(path))
+	return f, nil
+}
+
+func notPlain(path string) error {
+	return api.Errorf(api.Refused, "%s is no plain file", visible(path)).WithHint("ls -l %s", visible(path))
+}
+
+// unreadable is an error of a file that belongs to the repository.
+func unreadable(path string, err error) error {
+	var cause *fs.PathError
+	if errors.As(err, &cause) {
+		err = cause.Err
+	}
+	return api.Errorf(api.Refused, "cannot read %s: %w", visible(path), err).WithHint("ls -l %s", visible(path))
 }

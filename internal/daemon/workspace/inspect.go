@@ -27,6 +27,7 @@ type Repo struct {
 	commonDir string // gitDir, or the main one of a linked working tree
 	format    format
 	shallow   bool
+	apart     bool              // gitDir does not say whose it is, see checkApart
 	config    map[string]string // keys in lower case but for subsections
 	// ignores is the user's own list of ignored files; core.excludesfile in config may
 	// be the repository's choice.
@@ -148,8 +149,14 @@ func noWorkTree(ctx context.Context, git hostGit, cause error) error {
 	case strings.Contains(says, "dubious ownership"):
 		return api.Errorf(api.Refused, "the repository belongs to another user, so git does not trust it").
 			WithHint("git config --global --add safe.directory %s", visible(git.dir))
+	case strings.Contains(says, "not a git repository: "): // its path
+		_, name, _ := strings.Cut(says, "not a git repository: ")
+		name, _, _ = strings.Cut(name, "\n")
+		return api.Errorf(api.Refused, "its .git names %s, which is no git directory", visible(name)).WithHint("ls -ld %s", visible(name))
 	case strings.Contains(says, "not a git repository"):
 		return api.Errorf(api.Invalid, "it is not in a git repository").WithHint("git init")
+	case strings.Contains(says, "Permission denied"):
+		return api.Errorf(api.Refused, "%w", cause).WithHint("ls -la %s", visible(git.dir))
 	}
 	bare, err := git.line(ctx, "rev-parse", "--is-bare-repository")
 	switch {

@@ -2,6 +2,8 @@ package workspace
 
 import (
 	"context"
+	"errors"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -9,6 +11,7 @@ import (
 	"testing"
 
 	"banger/api"
+	"banger/internal/daemon/hostcmd"
 )
 
 func TestInspect(t *testing.T) {
@@ -30,14 +33,6 @@ func TestInspect(t *testing.T) {
 		}
 	}
 	untouched(t, "host", was, state(t, w.host, true))
-}
-
-// stranger makes a folder beside the repository, as an archive from somewhere could.
-func (w *world) stranger(fill func(dir string)) string {
-	dir := filepath.Join(filepath.Dir(w.host), "stranger")
-	check(w.t, os.MkdirAll(dir, 0o755))
-	fill(dir)
-	return dir
 }
 
 // refusal is something that cannot be brought in.
@@ -109,45 +104,6 @@ func refusals() map[string]refusal {
 			w.commit("lib")
 			return w.host
 		}},
-		".git file of another repository": {api.Refused, []string{"its .git names", "which does not name"}, func(w *world) string {
-			w.commit("private")
-			return w.stranger(func(dir string) { write(w.t, dir, ".git", "gitdir: ../shop/.git\n") })
-		}},
-		".git file with a link back to a forged home": {api.Refused, []string{"its .git names"}, func(w *world) string {
-			w.commit("private")
-			return w.stranger(func(dir string) {
-				write(w.t, dir, ".git", "gitdir: forged\n")
-				write(w.t, dir, "forged/HEAD", "ref: refs/heads/main\n")
-				write(w.t, dir, "forged/gitdir", filepath.Join(dir, ".git")+"\n")
-				write(w.t, dir, "forged/commondir", "../../shop/.git\n")
-			})
-		}},
-		".git is a link": {api.Refused, []string{"its .git names"}, func(w *world) string {
-			w.commit("private")
-			return w.stranger(func(dir string) { check(w.t, os.Symlink("../shop/.git", filepath.Join(dir, ".git"))) })
-		}},
-		"a branch is a link": {api.Refused, []string{"refs/heads/main is a symbolic link"}, func(w *world) string {
-			w.commit("private")
-			return w.stranger(func(dir string) {
-				w.git(dir, "init", "-q", "-b", "main")
-				write(w.t, dir, ".git/objects/info/alternates", "../../../shop/.git/objects\n")
-				check(w.t, os.Symlink(w.host+"/.git/refs/heads/main", filepath.Join(dir, ".git/refs/heads/main")))
-			})
-		}},
-		"HEAD names no branch": {api.Refused, []string{"its HEAD is refs/tags/main, which is no branch"}, func(w *world) string {
-			w.commit("private")
-			return w.stranger(func(dir string) {
-				w.git(dir, "init", "-q", "-b", "main")
-				write(w.t, dir, ".git/objects/info/alternates", "../../../shop/.git/objects\n")
-				check(w.t, os.Remove(filepath.Join(dir, ".git/refs/tags")))
-				check(w.t, os.Symlink(w.host+"/.git/refs/heads", filepath.Join(dir, ".git/refs/tags")))
-				write(w.t, dir, ".git/HEAD", "ref: refs/tags/main\n")
-			})
-		}},
-		"core.worktree elsewhere": {api.Refused, []string{"is not the .git of"}, func(w *world) string {
-			w.git(w.host, "config", "core.worktree", filepath.Dir(w.host))
-			return w.host
-		}},
 		"a path that is no text": {api.Invalid, []string{"not valid text"}, func(w *world) string {
 			odd := filepath.Join(filepath.Dir(w.host), "caf\xe9")
 			check(w.t, os.Rename(w.host, odd))
@@ -157,7 +113,9 @@ func refusals() map[string]refusal {
 }
 
 func TestRefusedInWords(t *testing.T) {
-	for name, c := range refusals() {
+	cases := refusals()
+	maps.Copy(cases, disbelieved())
+	for name, c := range cases {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t)
 			path := c.make(w)
@@ -173,6 +131,17 @@ func TestRefusedInWords(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestGitMayNotRead: a root that reads everything cannot make git say so.
+func TestGitMayNotRead(t *testing.T) {
+	cause := &hostcmd.Error{Argv: []string{"git", "rev-parse"}, ExitCode: 128, Err: errors.New("exit status 128"),
+		Stderr: "fatal: error opening '/srv/x/.git': Permission denied\n"}
+	err := noWorkTree(t.Context(), repositoryGit(t.TempDir()), cause)
+	wantError(t, err, api.Refused, "error opening '/srv/x/.git': Permission denied")
+	cause.Stderr = "warning: unable to access '/root/.config/git/config': Permission denied\nfatal: not a git repository (or any of the parent directories): .git\n"
+	err = noWorkTree(t.Context(), repositoryGit(t.TempDir()), cause)
+	wantError(t, err, api.Invalid, "it is not in a git repository")
 }
 
 func TestRefusedAtTheGuest(t *testing.T) {

@@ -36,8 +36,7 @@ type Prepared struct {
 	Notes []string
 }
 
-// mergeTries bounds how often a prepare looks again because files changed inside, or
-// could not be written.
+// mergeTries bounds how often a prepare tries because files changed inside meanwhile.
 const mergeTries = 5
 
 // Prepare brings the repository that path lies in into a running VM, the first time
@@ -178,7 +177,14 @@ func (j *preparation) open(ctx context.Context) error {
 func (j *preparation) exclude() ([]byte, error) {
 	const most = 1 << 20 // bytes
 	var text []byte
-	for _, path := range []string{j.repo.ignores, filepath.Join(j.shadow.dir, "info", "exclude")} {
+	paths := []string{j.repo.ignores}
+	own := filepath.Join(j.shadow.dir, "info", "exclude")
+	if info, err := os.Lstat(own); err == nil && info.Mode().IsRegular() {
+		paths = append(paths, own)
+	} else if err == nil { // a link may name any file of the user
+		j.result.Notes = append(j.result.Notes, "info/exclude is a symbolic link: what it lists is ignored on the host only")
+	}
+	for _, path := range paths {
 		if info, err := os.Stat(path); err == nil && (!info.Mode().IsRegular() || info.Size() > most) {
 			return nil, api.Errorf(api.Refused, "the list of ignored files %s is no plain file, or larger than 1 MiB", visible(path)).
 				WithHint("git config --show-origin core.excludesFile")
@@ -307,20 +313,15 @@ func (j *preparation) shallow(ctx context.Context) error {
 
 // bring merges the host's working tree into the guest's, and returns the new base.
 func (j *preparation) bring(ctx context.Context, guest files) (plan, string, error) {
-	for try := 1; ; try++ {
+	tries := mergeTries
+	// Where git gives up at the first thing in its way, each file needs a round of its own.
+	for rounds := len(j.base) + len(j.snap.files); ; rounds-- {
 		pl, newBase, err := j.bringOnce(ctx, guest)
 		var failed *guestError
 		if err == nil || !errors.As(err, &failed) || api.CodeOf(err) != api.Internal {
 			return pl, newBase, err
 		}
 		if !slices.Contains(failed.argv, "-u") { // not the checkout
-			return pl, newBase, err
-		}
-		changed := strings.Contains(failed.stderr, "not uptodate") || strings.Contains(failed.stderr, "would be overwritten")
-		if try == mergeTries {
-			if changed {
-				err = api.Errorf(api.Busy, "files change inside all the time: %w", err).WithHint("banger up")
-			}
 			return pl, newBase, err
 		}
 		if err = j.inside.begin(ctx); err != nil {
@@ -333,8 +334,14 @@ func (j *preparation) bring(ctx context.Context, guest files) (plan, string, err
 		if err != nil {
 			return pl, newBase, err
 		}
-		if !stuck && !changed {
+		if stuck && rounds > 0 {
+			continue
+		}
+		if !strings.Contains(failed.stderr, "not uptodate") && !strings.Contains(failed.stderr, "would be overwritten") {
 			return pl, newBase, failed
+		}
+		if tries--; tries == 0 {
+			return pl, newBase, api.Errorf(api.Busy, "files change inside all the time: %w", failed).WithHint("banger up")
 		}
 	}
 }

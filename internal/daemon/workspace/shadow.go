@@ -109,9 +109,8 @@ func (s *shadow) build() error {
 		}
 	}
 	copies := map[string]string{
-		"index":        filepath.Join(s.repo.gitDir, "index"),
-		"shallow":      filepath.Join(s.repo.commonDir, "shallow"),
-		"info/exclude": filepath.Join(s.repo.commonDir, "info", "exclude"),
+		"index":   filepath.Join(s.repo.gitDir, "index"),
+		"shallow": filepath.Join(s.repo.commonDir, "shallow"),
 
 		"info/sparse-checkout": filepath.Join(s.repo.gitDir, "info", "sparse-checkout"),
 	}
@@ -129,7 +128,29 @@ func (s *shadow) build() error {
 			return err
 		}
 	}
-	return nil
+	return s.takeExclude(filepath.Join(s.repo.commonDir, "info", "exclude"))
+}
+
+// takeExclude makes info/exclude. git follows one that is a link, so the shadow does; it
+// is a link there too, as nothing of what it names is sent.
+func (s *shadow) takeExclude(path string) error {
+	to := filepath.Join(s.dir, "info", "exclude")
+	info, err := os.Lstat(path)
+	isLink := err == nil && info.Mode()&fs.ModeSymlink != 0
+	if isLink {
+		info, err = os.Stat(path)
+	}
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return unreadable(path, err)
+	case !info.Mode().IsRegular():
+		return notPlain(path)
+	case isLink:
+		return os.Symlink(path, to)
+	}
+	return copyFile(to, path)
 }
 
 // sparseIndex: the index has folders that are not checked out as one entry each. It is
@@ -166,11 +187,12 @@ func copyFile(to, from string) error {
 type indexed struct {
 	entry
 	skipped bool // sparse checkout: it is not on the disk on purpose
+	looked  bool // git looks at the file on the disk
 }
 
 // tracked lists the index. It refuses what cannot be brought in.
 func (s *shadow) tracked(ctx context.Context) (map[string]indexed, error) {
-	args := []string{"ls-files", "-z", "-t", "-s", "--full-name"}
+	args := []string{"ls-files", "-z", "-v", "-s", "--full-name"}
 	if s.sparseIndex() {
 		args = append(args, "--sparse")
 	}
@@ -181,7 +203,8 @@ func (s *shadow) tracked(ctx context.Context) (map[string]indexed, error) {
 	index := map[string]indexed{}
 	var submodules []string
 	for _, item := range splitZ(out) {
-		// "H 100644 OID 0<tab>PATH"
+		// "H 100644 OID 0<tab>PATH"; the letter is a small one for what git was told to
+		// assume unchanged.
 		meta, path, _ := strings.Cut(item, "\t")
 		f := strings.Fields(meta)
 		if len(f) != 4 || !isOID(f[2]) {
@@ -203,7 +226,7 @@ func (s *shadow) tracked(ctx context.Context) (map[string]indexed, error) {
 			}
 			continue
 		}
-		index[path] = indexed{entry: entry{f[1], f[2]}, skipped: f[0] == "S"}
+		index[path] = indexed{entry: entry{f[1], f[2]}, skipped: strings.EqualFold(f[0], "S"), looked: f[0] == "H" && f[1] != modeGitlink}
 		if f[1] == modeGitlink {
 			if _, err := os.Lstat(filepath.Join(s.repo.Path, path, ".git")); err == nil {
 				submodules = append(submodules, path)
@@ -214,6 +237,9 @@ func (s *shadow) tracked(ctx context.Context) (map[string]indexed, error) {
 		slices.Sort(submodules)
 		return nil, api.Errorf(api.Refused, "submodules cannot be brought in, and these are checked out: %s; a new working tree is without them", list(submodules)).
 			WithHint("git worktree add ../%s-vm", visible(s.repo.Name))
+	}
+	if s.repo.apart {
+		return index, s.checkApart(ctx, index)
 	}
 	return index, nil
 }

@@ -2,6 +2,7 @@ package workspace
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -12,24 +13,6 @@ import (
 
 	"banger/api"
 )
-
-func TestLinkedWorkTree(t *testing.T) {
-	w := newWorld(t)
-	write(t, w.host, "a", "a\n")
-	w.commit("first")
-	linked := filepath.Join(filepath.Dir(w.host), "linked")
-	w.git(w.host, "worktree", "add", "-q", "-b", "side", linked)
-	main := w.host
-	w.host, w.inside = linked, filepath.Join(filepath.Dir(w.inside), "linked")
-	write(t, linked, "a", "side\n")
-	was, wasMain := state(t, linked, true), state(t, main, true)
-	w.prepare()
-	untouched(t, "linked", was, state(t, linked, true))
-	untouched(t, "main", wasMain, state(t, main, true))
-	want(t, "inside", tree(t, w.inside), tree(t, linked))
-	want(t, "branch", w.git(w.inside, "branch", "--show-current"), "side")
-	want(t, "status", w.git(w.inside, "status", "--porcelain"), " M a")
-}
 
 func TestSubmoduleNotCheckedOut(t *testing.T) {
 	w := newWorld(t)
@@ -388,47 +371,54 @@ func TestIgnoresOfTheRepository(t *testing.T) {
 	}
 }
 
-// TestPlainFiles: what is read from a git directory is neither a link nor a pipe.
+// TestPlainFiles: what is read from a git directory is neither a folder nor a pipe.
 func TestPlainFiles(t *testing.T) {
 	for name, put := range map[string]func(path string) error{
-		"link": func(path string) error { return os.Symlink("/etc/hostname", path) },
 		"pipe": func(path string) error { return syscall.Mkfifo(path, 0o600) },
+		"link to a pipe": func(path string) error {
+			return errors.Join(syscall.Mkfifo(path+".pipe", 0o600), os.Symlink("exclude.pipe", path))
+		},
+		"link to a folder": func(path string) error { return os.Symlink("/etc", path) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t)
 			write(t, w.host, "a", "a\n")
 			w.commit("one")
-			exclude := filepath.Join(w.host, ".git/info/exclude")
-			check(t, os.MkdirAll(filepath.Dir(exclude), 0o755))
-			os.Remove(exclude)
-			check(t, put(exclude))
-			_, err := w.tryPrepare(t.Context())
-			if api.CodeOf(err) != api.Refused || !strings.Contains(err.Error(), "info/exclude is no plain file") {
-				t.Errorf("prepare says %v", err)
-			}
+			w.replaceExclude(put)
+			err := soon(t, func(ctx context.Context) error {
+				_, err := w.tryPrepare(ctx)
+				return err
+			})
+			wantError(t, err, api.Refused, "info/exclude is no plain file")
 		})
 	}
 }
 
-// TestGitDirectoryElsewhere: a .git file is believed when the git directory says the same.
-func TestGitDirectoryElsewhere(t *testing.T) {
+// replaceExclude puts something else in the place of the repository's info/exclude.
+func (w *world) replaceExclude(put func(path string) error) {
+	w.t.Helper()
+	exclude := filepath.Join(w.host, ".git/info/exclude")
+	check(w.t, os.MkdirAll(filepath.Dir(exclude), 0o755))
+	check(w.t, os.RemoveAll(exclude))
+	check(w.t, put(exclude))
+}
+
+// TestExcludeIsALink: what it lists is ignored on the host, and none of its text goes in.
+func TestExcludeIsALink(t *testing.T) {
 	w := newWorld(t)
+	mine := filepath.Join(t.TempDir(), "mine")
+	check(t, os.WriteFile(mine, []byte("*.mine\n"), 0o600))
 	write(t, w.host, "a", "a\n")
 	w.commit("one")
-	top := filepath.Dir(w.host)
-	w.git(top, "clone", "-q", "shop", "lib")
-	w.git(w.host, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", top+"/lib", "lib")
-	w.git(top, "init", "-q", "--separate-git-dir", "apart.git", "apart")
-	apart := filepath.Join(top, "apart")
-	for _, c := range []struct {
-		path string
-		code api.Code
-	}{{filepath.Join(w.host, "lib"), ""}, {apart, api.Refused}} {
-		if _, err := w.m.Locate(t.Context(), c.path); err == nil && c.code != "" || err != nil && api.CodeOf(err) != c.code {
-			t.Errorf("%s: %v", c.path, err)
-		}
-	}
-	w.git(apart, "config", "core.worktree", apart) // as the hint says
-	_, err := w.m.Locate(t.Context(), apart)
-	check(t, err)
+	write(t, w.host, "x.mine", "x\n")
+	w.replaceExclude(func(path string) error { return os.Symlink(mine, path) })
+	was := state(t, w.host, true)
+	p := w.prepare(true)
+	untouched(t, "host", was, state(t, w.host, true))
+	want(t, "inside", tree(t, w.inside), "\"a\" -rw-r--r-- \"a\\n\"\n")
+	want(t, "exclude inside", strings.TrimSpace(read(t, w.inside, ".git/info/exclude")), "")
+	want(t, "note", p.Notes[len(p.Notes)-1], "info/exclude is a symbolic link: what it lists is ignored on the host only")
+	check(t, os.Remove(mine)) // a link to nothing is as no file
+	w.prepare(true)
+	want(t, "x.mine", read(t, w.inside, "x.mine"), "x\n")
 }

@@ -263,6 +263,39 @@ func TestStuckWhereGitEnds(t *testing.T) {
 	want(t, "inside", tree(t, w.inside), tree(t, w.host))
 }
 
+// git gives up at each of many mount points, and yet the rest comes in.
+func TestStuckAtManyMountPoints(t *testing.T) {
+	names := []string{"a"}
+	var folders []string
+	for i := range 2 * mergeTries {
+		folders = append(folders, fmt.Sprintf("d%d", i))
+		names = append(names, folders[i]+"/x")
+	}
+	w := stuckWorld(t, names...)
+	unmount := func() {
+		for _, name := range folders {
+			_ = unix.Unmount(filepath.Join(w.inside, name), unix.MNT_DETACH)
+		}
+	}
+	t.Cleanup(unmount)
+	for _, name := range folders {
+		check(t, unix.Mount(filepath.Join(w.inside, name), filepath.Join(w.inside, name), "", unix.MS_BIND, ""))
+		check(t, os.RemoveAll(filepath.Join(w.host, name)))
+		write(t, w.host, name, "host\n")
+	}
+	write(t, w.host, "a", "host\n")
+	w.commit("second")
+	p := w.prepare()
+	if !strings.HasPrefix(p.Notes[0], "left as they are, not writable inside: d0, ") {
+		t.Errorf("notes are %q", p.Notes)
+	}
+	want(t, "a", read(t, w.inside, "a"), "host\n")
+	w.wantPatches("")
+	unmount()
+	want(t, "notes", w.prepare().Notes, "[]")
+	want(t, "inside", tree(t, w.inside), tree(t, w.host))
+}
+
 // A guest that lost its power while git wrote into a folder that is root's now.
 func TestStuckAndTorn(t *testing.T) {
 	w := stuckWorld(t, "a", "d/x")
