@@ -2,12 +2,14 @@ package daemon
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
 	"net/http"
+	"sync"
 	"time"
 
 	"banger/api"
@@ -103,12 +105,53 @@ func (d *Daemon) relayExec(ctx context.Context, id string, client *wire.Stream) 
 		defer guest.Close()
 		wire.Relay(guest, client, func(k wire.Kind) bool { return k.FromHost() && k != wire.KindRequest })
 	}()
+	sign := d.watchFor(ctx, id, guest)
 	var lost *wire.SendError
-	_, err = wire.Relay(client, guest, func(k wire.Kind) bool { return k.FromGuest() && k != wire.KindReply })
+	_, err = wire.Relay(client, guest, func(k wire.Kind) bool {
+		sign.seen()
+		return k.FromGuest() && k != wire.KindReply
+	})
 	if err == nil || errors.As(err, &lost) {
 		return nil // the client has it all, or is gone
 	}
-	return errGuestGone
+	return cmp.Or(sign.seen(), error(errGuestGone))
+}
+
+// signPatience is how long a guest may be silent about a command that it was given before
+// it is asked whether it lives: it may have hung just after its last word.
+const signPatience = 5 * time.Second
+
+// sign is the wait for the first frame of a guest.
+type sign struct {
+	timer *time.Timer
+	mu    sync.Mutex // a leaf
+	came  bool
+	err   error // why the stream was closed
+}
+
+// watchFor closes stream when no frame comes on it and the guest does not answer a ping
+// either.
+func (d *Daemon) watchFor(ctx context.Context, id string, stream *wire.Stream) *sign {
+	s := &sign{}
+	s.timer = time.AfterFunc(signPatience, func() {
+		err := d.vms.Ping(ctx, id)
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if err != nil && !s.came {
+			s.err = err
+			stream.Close()
+		}
+	})
+	return s
+}
+
+// seen ends the wait and returns why the stream was closed, if it was.
+func (s *sign) seen() error {
+	s.timer.Stop()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.came = true
+	return s.err
 }
 
 var errGuestGone = &api.Error{Code: api.Unresponsive, Message: "the connection to the guest was lost", Hint: "banger ps"}

@@ -41,11 +41,28 @@ func (m *Manager) Dial(ctx context.Context, id string) (net.Conn, error) {
 	dial, cancel := context.WithTimeout(ctx, m.agentTimeout)
 	defer cancel()
 	conn, err := e.channel.Dial(dial)
-	if err != nil && ctx.Err() == nil && dial.Err() != nil {
-		return nil, api.Errorf(api.Unresponsive, "the guest did not answer within %s: %w", m.agentTimeout, err).
+	return conn, m.silence(ctx, dial, id, err)
+}
+
+// Ping asks the agent of a running VM for a sign of life, in the time that an agent has
+// to answer at boot.
+func (m *Manager) Ping(ctx context.Context, id string) error {
+	conn, err := m.Dial(ctx, id)
+	if err != nil {
+		return err
+	}
+	ping, cancel := context.WithTimeout(ctx, m.agentTimeout)
+	defer cancel()
+	return m.silence(ctx, ping, id, wire.Call(ping, conn, wire.Request{Op: wire.OpHello}, nil))
+}
+
+// silence is err, in words when it is the end of wait, which the agent's timeout bounds.
+func (m *Manager) silence(ctx, wait context.Context, id string, err error) error {
+	if err != nil && ctx.Err() == nil && wait.Err() != nil {
+		return api.Errorf(api.Unresponsive, "the guest did not answer within %s: %w", m.agentTimeout, err).
 			WithHint("banger show %s", id)
 	}
-	return conn, err
+	return err
 }
 
 // Running returns the record of a VM that runs, or an error in words.

@@ -41,6 +41,8 @@ type machine struct {
 	dir     config.VMDir
 	h       Handles
 	channel driver.Channel
+	// jobHangs: a workspace job on it was waited for in vain.
+	jobHangs bool
 }
 
 // handleCache holds the handles and the guest channel of each running VM. Its

@@ -138,7 +138,7 @@ func (m *Manager) Stop(ctx context.Context, id string, timeout time.Duration, p 
 		return v.rec, m.wrap("stop", rec.Name, m.settle(ctx, v, outcome{ended: rec.Ended}, nil))
 	}
 	s := m.steps("stop", p, 2)
-	m.interruptWorkspaces(ctx, id)
+	m.interruptWorkspaces(ctx, v)
 	if rec.State == store.Running && timeout >= 0 {
 		if timeout == 0 {
 			timeout = defaultStopTimeout
@@ -176,7 +176,7 @@ func (m *Manager) halt(ctx context.Context, v *machine, verb string, reboot bool
 	if full != nil && !isDiskFull(full) {
 		return full
 	}
-	m.interruptWorkspaces(ctx, v.rec.ID)
+	m.interruptWorkspaces(ctx, v)
 	stuck := m.releaseAll(ctx, v, scopeRun, verb)
 	if full != nil {
 		if err := stopping(); err != nil {
@@ -248,7 +248,7 @@ func (m *Manager) destroy(ctx context.Context, v *machine, verb string) error {
 		return err
 	}
 	rec := v.rec
-	m.interruptWorkspaces(ctx, rec.ID)
+	m.interruptWorkspaces(ctx, v)
 	stuck := m.releaseAll(ctx, v, scopeRun, verb)
 	if stuck == nil {
 		stuck = m.releaseAll(ctx, v, scopeVM, verb)
@@ -268,17 +268,22 @@ func (m *Manager) destroy(ctx context.Context, v *machine, verb string) error {
 }
 
 // interruptTimeout bounds the wait for a workspace job that is cancelled. What it does
-// in the guest breaks off with the VMM; a release must not wait for it.
+// in the guest breaks off with the VMM; a release must not wait for it, and not twice.
 const interruptTimeout = 10 * time.Second
 
-func (m *Manager) interruptWorkspaces(ctx context.Context, id string) {
+func (m *Manager) interruptWorkspaces(ctx context.Context, v *machine) {
 	if m.workspaces == nil {
 		return
 	}
-	ctx, cancel := context.WithTimeout(ctx, interruptTimeout)
+	patience := interruptTimeout
+	if v.jobHangs {
+		patience = 0
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	if err := m.workspaces.Interrupt(ctx, id); err != nil {
-		m.log.Warn("a workspace job did not end", "vm", id, "err", err)
+	if err := m.workspaces.Interrupt(ctx, v.rec.ID); err != nil {
+		v.jobHangs = true
+		m.log.Warn("a workspace job did not end", "vm", v.rec.Name, "err", err)
 	}
 }
 

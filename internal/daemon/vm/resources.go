@@ -143,7 +143,7 @@ func (m *Manager) releaseAttachment(ctx context.Context, v *machine) error {
 func (m *Manager) preflightBootFiles(ctx context.Context, v *machine) error {
 	if _, err := os.Stat(m.layout.Kernel(v.kernel.Name).Vmlinux()); err != nil {
 		return api.Errorf(api.Refused, "kernel %s is not complete: %w", v.kernel.Name, err).
-			WithHint("banger kernel pull %s --force", v.kernel.Name)
+			WithHint("banger kernel pull %s", v.kernel.Name)
 	}
 	if err := m.preflightRoom(ctx, v); err != nil || m.programs.Unpack == nil {
 		return err
