@@ -10,19 +10,20 @@ export CGO_ENABLED ?= 0
 GO ?= go
 PROGRAMS := cmd/bangerd/programs
 
-.PHONY: help build demo test test-quick lint generate deps test-deps bench clean FORCE
+.PHONY: help build demo test test-quick lint generate deps test-deps toolchain bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 build: bin/banger bin/bangerd ## bin/banger and bin/bangerd, static
 
-bin/banger: FORCE
+# All are built each time: go knows what has changed.
+bin/banger: toolchain
 	@$(GO) build -ldflags '-s -w' -o $@ ./cmd/banger
 # The guest and shim programs are embedded in bangerd.
-bin/bangerd: $(PROGRAMS)/banger-shim $(PROGRAMS)/banger-guest FORCE
+bin/bangerd: $(PROGRAMS)/banger-shim $(PROGRAMS)/banger-guest toolchain
 	@$(GO) build -ldflags '-s -w' -o $@ ./cmd/bangerd
-$(PROGRAMS)/%: FORCE
+$(PROGRAMS)/%: toolchain
 	@$(GO) build -ldflags '-s -w' -o $@ ./cmd/$*
 
 demo: deps build ## the main job in a real guest: up, a command, a change, diff, apply, rm
@@ -42,6 +43,9 @@ generate: ## the code generated from api/banger/v1/banger.proto
 
 bench: deps build ## banger against the bare thing, in interleaved pairs
 	@$(GO) run ./test/bench
+
+toolchain:
+	@test/deps.sh go
 
 test-deps:
 	@test/deps.sh test

@@ -1,19 +1,23 @@
 #!/bin/bash
 # Installs the Debian packages that building and running banger needs, when run as
-# root. Otherwise prints the one command that does, and fails.
+# root. Otherwise prints the one command that does, and fails. With "test" also what only
+# the tests need; with "go" it only looks for a Go that can build banger.
 set -euo pipefail
+cd "$(dirname "$0")/.."
 
-# the least version that go.mod asks for
-want_go=1.26
+# the least version
+want_go=$(sed -n 's/^go //p' go.mod)
 
+go=${GO:-go}
 go_problem=
-if ! command -v go >/dev/null; then
-  go_problem="no go is in PATH"
+if ! command -v "$go" >/dev/null; then
+  go_problem="no $go is in PATH"
 else
-  have_go=$(go env GOVERSION | sed 's/^go//')
+  have_go=$("$go" env GOVERSION | sed 's/^go//')
   [ "$(printf '%s\n' "$want_go" "$have_go" | sort -V | head -1)" = "$want_go" ] || go_problem="this is go $have_go"
 fi
 [ -z "$go_problem" ] || echo "banger needs Go $want_go or newer, and $go_problem: see https://go.dev/doc/install" >&2
+[ "${1:-}" != go ] || { [ -z "$go_problem" ]; exit; }
 
 declare -A package=(
   [git]=git [make]=make [qemu-system-x86_64]=qemu-system-x86 [qemu-img]=qemu-utils

@@ -88,8 +88,8 @@ func openClient(l config.Layout, create bool) (*client, error) {
 	return c, nil
 }
 
-// unary gives every call a deadline. One that came to a daemon which is about to end,
-// because a banger replaces it, has begun nothing there and is made to the next one.
+// unary gives every call a deadline. One that came to a daemon which is about to end, or
+// has ended, because a banger replaces it, has begun nothing there and is made to the next.
 func (c *client) unary(call connect.UnaryFunc) connect.UnaryFunc {
 	bounded := func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
 		ctx, cancel := context.WithTimeout(ctx, callTimeout)
@@ -98,22 +98,22 @@ func (c *client) unary(call connect.UnaryFunc) connect.UnaryFunc {
 	}
 	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
 		res, err := bounded(ctx, req)
-		if codeOf(err) != api.Stopping || req.Spec().Procedure == bangerv1connect.MachineStatusProcedure || c.succeed(ctx) != nil {
+		if req.Spec().Procedure == bangerv1connect.MachineStatusProcedure || !c.succeeded(ctx, err) {
 			return res, err
 		}
 		return bounded(ctx, req)
 	}
 }
 
-// succeed waits for the daemon after the one that said api.Stopping. It fails where
-// there will be none.
-func (c *client) succeed(ctx context.Context) error {
-	if c.next == nil {
-		return errNoDaemon
+// succeeded tells whether a call that ended with err has begun nothing, because its daemon
+// is about to end or is gone, and another daemon is there now. It waits for that one.
+func (c *client) succeeded(ctx context.Context, err error) bool {
+	if c.next == nil || codeOf(err) != api.Stopping && !errors.Is(err, errNoDaemon) {
+		return false
 	}
 	c.waiting.Lock()
 	defer c.waiting.Unlock()
-	return c.next(ctx)
+	return c.next(ctx) == nil
 }
 
 func (c *client) close() {

@@ -38,7 +38,7 @@ name. A missing kernel and image are made first. Ctrl-C undoes it all.`,
 		defer c.close()
 		req := f.request()
 		req.NoStart = noStart
-		vm, err := a.createVM(c, req)
+		vm, err := a.createVM(c, cmd, req)
 		if vm == nil && err == nil {
 			err = api.Errorf(api.Internal, "the daemon does not say what it made")
 		}

@@ -62,8 +62,8 @@ func (a *app) daemonStopCommand() *cobra.Command {
 		Use:   "stop",
 		Short: "end the daemon",
 		Long: `Daemon stop ends the daemon and waits until it is gone. VMs go on running; jobs that
-run are undone, and commands in guests lose their connection. The next banger starts
-the daemon again.`,
+run are undone, commands in guests lose their connection, and a guest that is rebooting
+comes up with the next daemon. The next banger starts that.`,
 		Example:     "  banger daemon stop",
 		Args:        arguments(0, 0, ""),
 		Annotations: exits(),

@@ -87,8 +87,18 @@ func (a *app) fetchPatch(ctx context.Context, c *client, req *bangerv1.ExportWor
 	return patch, meta, err
 }
 
-// export writes a patch to w, and what there is to note about it to stderr.
+// export writes a patch to w, and what there is to note about it to stderr. Like a unary
+// call it is made to the next daemon when its own is being replaced just now.
 func (a *app) export(ctx context.Context, c *client, req *bangerv1.ExportWorkspaceRequest, w io.Writer) (*bangerv1.ExportMeta, error) {
+	meta, err := a.exportOnce(ctx, c, req, w)
+	if meta == nil && c.succeeded(ctx, err) {
+		meta, err = a.exportOnce(ctx, c, req, w)
+	}
+	return meta, err
+}
+
+// exportOnce returns no ExportMeta when nothing of the patch has come.
+func (a *app) exportOnce(ctx context.Context, c *client, req *bangerv1.ExportWorkspaceRequest, w io.Writer) (*bangerv1.ExportMeta, error) {
 	stream, err := c.workspaces.Export(ctx, req)
 	if err != nil {
 		return nil, err
@@ -102,6 +112,9 @@ func (a *app) export(ctx context.Context, c *client, req *bangerv1.ExportWorkspa
 			for _, line := range meta.Notes {
 				a.ui.note("%s", line)
 			}
+		}
+		if meta == nil {
+			return nil, api.Errorf(api.Internal, "the daemon does not say what the patch is of")
 		}
 		if _, err := w.Write(m.Patch); err != nil {
 			return meta, err

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"banger/api"
 	bangerv1 "banger/api/banger/v1"
 	"banger/test/need"
 )
@@ -116,6 +117,18 @@ func TestDiffInterrupted(t *testing.T) {
 type writerFunc func([]byte) (int, error)
 
 func (f writerFunc) Write(b []byte) (int, error) { return f(b) }
+
+// TestDiffCutOff: of a patch that has begun to come nothing is asked for again, and nothing
+// is printed.
+func TestDiffCutOff(t *testing.T) {
+	d, _, _ := withPatch(t)
+	d.patch, d.exported = d.patch[:1], func(context.Context) error { return api.Errorf(api.Stopping, "the daemon is shutting down") }
+	want(t, "diff", d.run("diff", "shop"), result{exitRefused, "", "banger: the daemon is shutting down\n"})
+	want(t, "requests", d.called(), `export {"ref":"shop"}`)
+
+	d.patch[0].Meta = nil
+	want(t, "without a head", d.run("diff", "shop"), result{exitFailed, "", "banger: the daemon does not say what the patch is of\n"})
+}
 
 func TestDiffNoRoom(t *testing.T) {
 	need.Need(t, "root")

@@ -119,7 +119,7 @@ func (e *entry) create(ctx context.Context, req *bangerv1.CreateVMRequest) error
 		return errInterrupted
 	}
 	req.RemoveOnRelease = e.flags.remove
-	vm, err := e.createVM(e.client, req)
+	vm, err := e.createVM(e.client, e.cmd, req)
 	if vm != nil {
 		e.vm, e.created = vm, true
 	}
@@ -132,9 +132,20 @@ func (e *entry) create(ctx context.Context, req *bangerv1.CreateVMRequest) error
 	return err
 }
 
-// createVM runs a create and says what is made. The VM comes back also with
+// createVM is makeVM for cmd, which the daemon does not know: its hints name create.
+func (a *app) createVM(c *client, cmd *cobra.Command, req *bangerv1.CreateVMRequest) (*bangerv1.VM, error) {
+	vm, err := a.makeVM(c, req)
+	return vm, rehint(err, func(hint string) string {
+		if rest, ok := strings.CutPrefix(hint, "banger create "); ok {
+			hint = cmd.CommandPath() + " " + rest
+		}
+		return hint
+	})
+}
+
+// makeVM runs a create and says what is made. The VM comes back also with
 // errInterrupted, when the wish to cancel came too late to undo it.
-func (a *app) createVM(c *client, req *bangerv1.CreateVMRequest) (*bangerv1.VM, error) {
+func (a *app) makeVM(c *client, req *bangerv1.CreateVMRequest) (*bangerv1.VM, error) {
 	a.noteAccelerator(c)
 	op, err := c.vms.Create(a.signals.hard, req)
 	if err != nil {

@@ -523,3 +523,45 @@ func TestTwoSignalsAsOne(t *testing.T) {
 		contains(t, "requests", d.called(), "cancel op1")
 	}
 }
+
+// TestHintsNameWhatWasTyped: the daemon knows neither the verb nor the folder as it was
+// typed.
+func TestHintsNameWhatWasTyped(t *testing.T) {
+	d := newFake(t)
+	home, odd := t.TempDir(), "it's here"
+	t.Setenv("HOME", home)
+	if err := os.Mkdir(filepath.Join(home, odd), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	t.Chdir(home)
+	for _, c := range []struct {
+		argv []string
+		hint string
+	}{
+		{[]string{"up", "--", "true"}, "git init"},
+		{[]string{"up", home, "--", "true"}, "git init " + home},
+		{[]string{"up", "~", "--", "true"}, "git init " + home},
+		{[]string{"run", "./", "--", "true"}, "git init ./"},
+		{[]string{"up", odd, "--", "true"}, `git init 'it'\''s here'`},
+		{[]string{"workspace", "prepare", "./" + odd}, `git init './it'\''s here'`},
+	} {
+		contains(t, strings.Join(c.argv, " "), d.run(c.argv...).err, "\nhint: "+c.hint+"\n")
+	}
+
+	d = withRepository(t)
+	for _, how := range []string{"refused", "failed"} {
+		if how == "refused" {
+			d.refuse["create"] = api.Errorf(api.Invalid, "too much").WithHint("banger create --memory 4G")
+		} else {
+			d.refuse = nil
+			d.script["create"] = func(op *fakeOp) { op.fail(api.Invalid, "too much", "banger create --memory 4G") }
+		}
+		for _, verb := range []string{"create", "run", "up", "vm create"} {
+			argv := append(strings.Fields(verb), "--memory", "8G")
+			if verb == "run" || verb == "up" {
+				argv = append(argv, "--", "true")
+			}
+			want(t, how+" "+verb, d.run(argv...).err, "banger: too much\nhint: banger "+verb+" --memory 4G\n")
+		}
+	}
+}

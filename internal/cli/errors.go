@@ -87,6 +87,19 @@ func detailError(d *bangerv1.ErrorDetail) *api.Error {
 	return &api.Error{Code: api.Code(d.Code), Message: d.Message, Hint: d.Hint}
 }
 
+// rehint gives err, which may be nil, what change makes of its hint.
+func rehint(err error, change func(hint string) string) error {
+	if err == nil {
+		return nil
+	}
+	e := asError(err)
+	hint := change(e.Hint)
+	if hint == e.Hint {
+		return err
+	}
+	return &api.Error{Code: e.Code, Message: e.Message, Hint: hint, Err: err}
+}
+
 func codeOf(err error) api.Code {
 	if err == nil {
 		return ""

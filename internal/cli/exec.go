@@ -5,8 +5,6 @@ import (
 	"path"
 
 	"github.com/spf13/cobra"
-
-	"banger/api"
 )
 
 func (a *app) execCommand() *cobra.Command {
@@ -86,7 +84,7 @@ func (a *app) exec(cmd *cobra.Command, f *execFlags, ref string, argv []string) 
 // directory fallback, unless it is "", when the guest lacks the command's.
 func (a *app) inGuest(ctx context.Context, c *client, cmd command, fallback string) (int, error) {
 	code, err := a.runInGuest(ctx, c, cmd)
-	if codeOf(err) == api.Stopping && c.succeed(ctx) == nil {
+	if c.succeeded(ctx, err) {
 		code, err = a.runInGuest(ctx, c, cmd)
 	}
 	if isNoDir(err) && fallback != "" && fallback != cmd.exec.Dir {

@@ -437,6 +437,12 @@ func (s fakeWorkspaces) Prepare(_ context.Context, req *bangerv1.PrepareWorkspac
 
 func (s fakeWorkspaces) Export(ctx context.Context, req *bangerv1.ExportWorkspaceRequest, stream *connect.ServerStream[bangerv1.ExportChunk]) error {
 	s.d.note("export %s", text(req))
+	s.d.mu.Lock()
+	err := s.d.askEndingLocked("export")
+	s.d.mu.Unlock()
+	if err != nil {
+		return err
+	}
 	if len(s.d.patch) == 0 {
 		return stream.Send(&bangerv1.ExportChunk{Meta: &bangerv1.ExportMeta{Notes: []string{"a note"}}})
 	}

@@ -3,6 +3,9 @@ package cli
 import (
 	"bytes"
 	"io"
+	"os"
+	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -116,4 +119,42 @@ func TestHelpShowsOnlyWhatWorks(t *testing.T) {
 		t.Errorf("help and --help differ:\n%s\n%s", again.out, r.out)
 	}
 	want(t, "help image pull", d.run("help", "image", "pull").out, d.run("image", "pull", "--help").out)
+}
+
+// web finds what a program says that serves pages: an address of this machine, or the
+// word for what one would look at it with. Links to elsewhere are none of it.
+const web = `(?i)https?://([^ /]*:\d|localhost|127\.|0\.0\.0\.0|\[)|\blocalhost\b|127\.0\.0\.1` +
+	`|\b(browser|dashboard|tcp)\b|\bweb[ -]?(ui|page|interface|server|console|app)|\blistens? (on|at)\b`
+
+// TestNothingWeb: banger has a command line and a Unix socket, and nothing for a browser.
+// That the daemon listens on no TCP port is a test of test/daemon.
+func TestNothingWeb(t *testing.T) {
+	pattern := regexp.MustCompile(web)
+	for text, found := range map[string]bool{
+		"open http://localhost/": true, "https://box.lan:8443/vms": true, "it listens on port 80": true, "a Web UI": true,
+		"in your browser": true, "see https://go.dev/doc/install": false, "banger start shop web": false, "the remotes' URLs": false,
+	} {
+		want(t, text, pattern.MatchString(text), found)
+	}
+	check := func(what, text string) {
+		for _, found := range pattern.FindAllString(text, -1) {
+			t.Errorf("%s says %q", what, found)
+		}
+	}
+	readme, err := os.ReadFile(filepath.Join("..", "..", "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	check("the README", string(readme))
+	walk(tree(t), func(cmd *cobra.Command) {
+		var out bytes.Buffer
+		cmd.SetOut(&out)
+		cmd.InitDefaultHelpFlag()
+		if err := cmd.Help(); err != nil {
+			t.Fatal(err)
+		}
+		check(cmd.CommandPath()+" --help", out.String())
+	})
+	d := newFake(t)
+	check("daemon status", d.run("daemon", "status").out)
 }

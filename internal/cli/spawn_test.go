@@ -2,7 +2,9 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -307,7 +309,7 @@ func TestDaemonIsReplaced(t *testing.T) {
 		t.Fatal(err)
 	}
 	for method, args := range map[string][]string{
-		"create": {"create", "--name", "box"}, "stop": {"stop", "shop"}, "exec": {"exec", "shop", "true"}, "status": {"ps", "-q"},
+		"create": {"create", "--name", "box"}, "stop": {"stop", "shop"}, "exec": {"exec", "shop", "true"}, "export": {"diff", "shop"}, "status": {"ps", "-q"},
 	} {
 		t.Run(method, func(t *testing.T) {
 			d := newFake(t)
@@ -342,6 +344,44 @@ func TestDaemonIsReplaced(t *testing.T) {
 	}
 	want(t, "daemon stop", d.run("daemon", "stop"), result{0, "", ""})
 	want(t, "it waited", answers.Load() >= 4, true)
+}
+
+// TestDaemonIsGone: nor has a call begun anything that finds nobody on the socket.
+func TestDaemonIsGone(t *testing.T) {
+	for name, call := range map[string]func(ctx context.Context, a *app, c *client) error{
+		"unary": func(ctx context.Context, _ *app, c *client) error {
+			_, err := c.vms.List(ctx, &bangerv1.ListVMsRequest{})
+			return err
+		},
+		"exec": func(ctx context.Context, a *app, c *client) error {
+			_, err := a.inGuest(ctx, c, command{vm: "shop", exec: wire.Exec{Argv: []string{"true"}}}, "")
+			return err
+		},
+		"export": func(ctx context.Context, a *app, c *client) error {
+			_, err := a.export(ctx, c, &bangerv1.ExportWorkspaceRequest{Ref: "shop"}, io.Discard)
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := withShop(t)
+			c, err := openClient(d.layout, true)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.close()
+			a := newApp(strings.NewReader(""), io.Discard, io.Discard, nil)
+			a.signals = watchSignals(func(chan<- os.Signal) func() { return func() {} })
+			defer a.signals.stop()
+			d.close()
+			if err := call(t.Context(), a, c); !errors.Is(err, errNoDaemon) {
+				t.Errorf("where none is to be started: %v", err)
+			}
+			c.next = func(context.Context) error { d.listen(); return nil }
+			if err := call(t.Context(), a, c); err != nil {
+				t.Errorf("with a next one: %v", err)
+			}
+		})
+	}
 }
 
 // TestDaemonThatHangs: it takes the connection and does not answer in time.

@@ -65,7 +65,8 @@ func (a *app) up(cmd *cobra.Command, f *enterFlags, place string, argv []string)
 	if _, err := a.command(cmd, &f.exec, "/", argv, true); err != nil {
 		return err
 	}
-	place, err := a.absolute(place)
+	typed := place
+	place, err := a.absolute(typed)
 	if err != nil {
 		return err
 	}
@@ -75,7 +76,20 @@ func (a *app) up(cmd *cobra.Command, f *enterFlags, place string, argv []string)
 	}
 	defer c.close()
 	e := &entry{app: a, client: c, cmd: cmd, flags: f}
-	return e.close(e.up(ctx, place, argv))
+	return e.close(hintPlace(e.up(ctx, place, argv), typed, place))
+}
+
+// hintPlace names the folder in a hint that is right only in the folder itself.
+func hintPlace(err error, typed, place string) error {
+	return rehint(err, func(hint string) string {
+		if hint != "git init" || typed == "." {
+			return hint
+		}
+		if strings.HasPrefix(typed, "~") {
+			typed = place // quoted it is no home directory
+		}
+		return hint + " " + shellWord(typed)
+	})
 }
 
 func (e *entry) up(ctx context.Context, place string, argv []string) error {

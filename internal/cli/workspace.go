@@ -34,7 +34,8 @@ that runs, by default the repository's own, as up does before it runs a command.
 		} else if len(args) == 1 && isPath(args[0]) {
 			place, args = args[0], nil
 		}
-		place, err := a.absolute(place)
+		typed := place
+		place, err := a.absolute(typed)
 		if err != nil {
 			return err
 		}
@@ -54,13 +55,13 @@ that runs, by default the repository's own, as up does before it runs a command.
 			}
 		}
 		if err != nil {
-			return err
+			return hintPlace(err, typed, place)
 		}
 		p, err := a.prepare(c, vm, place, untracked)
 		if err == nil && a.json {
 			return a.printJSON(p)
 		}
-		return err
+		return hintPlace(err, typed, place)
 	}
 	return cmd
 }

@@ -80,7 +80,7 @@ func (d *Daemon) end(ifIdle bool) int32 {
 
 func (s machineService) Shutdown(ctx context.Context, req *bangerv1.ShutdownRequest) (*bangerv1.ShutdownResponse, error) {
 	if n := s.d.end(req.IfIdle); req.IfIdle && n > 0 {
-		return nil, api.Errorf(api.Busy, "the daemon has %d operations and streams running", n).WithHint("banger op ls")
+		return nil, api.Errorf(api.Busy, "the daemon is not idle: operations, streams and reboots under way: %d", n).WithHint("banger daemon status")
 	}
 	s.d.stop()
 	return &bangerv1.ShutdownResponse{}, nil

@@ -422,8 +422,24 @@ func (w *world) clear(t *testing.T, d *process) {
 			t.Fatalf("left in %s: %v", dir, entries)
 		}
 	}
-	if left := processesIn(filepath.Join(w.state, "vms")); len(left) > 0 {
-		t.Fatalf("processes left: %v", left)
+	wantNoProcesses(t, filepath.Join(w.state, "vms"))
+}
+
+// wantNoProcesses holds that no process works below one of dirs any more. Of a killed one
+// the kernel lets go of the lock before the working directory.
+func wantNoProcesses(t *testing.T, dirs ...string) {
+	t.Helper()
+	for deadline := time.Now().Add(limit); ; time.Sleep(5 * time.Millisecond) {
+		var left []string
+		for _, dir := range dirs {
+			left = append(left, processesIn(dir)...)
+		}
+		if len(left) == 0 {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("processes left: %v", left)
+		}
 	}
 }
 

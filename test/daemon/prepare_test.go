@@ -17,7 +17,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	bangerv1 "banger/api/banger/v1"
 	"banger/internal/daemon/driver"
@@ -259,14 +258,7 @@ func (w *world) wantPrepared(t *testing.T, d *process, vm *bangerv1.VM) {
 		t.Errorf("the host's repository is\n%s\nand was\n%s", now, w.untouched)
 	}
 	// What the dead daemon had started learns of its death by a broken pipe or stream.
-	busy := func() []string {
-		return append(processesIn(w.repository), processesIn(filepath.Join(w.state, "vms", vm.Id, "guest/root/workspace"))...)
-	}
-	for deadline := time.Now().Add(limit); len(busy()) > 0; time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("processes left: %v", busy())
-		}
-	}
+	wantNoProcesses(t, w.repository, filepath.Join(w.state, "vms", vm.Id, "guest/root/workspace"))
 }
 
 // listing prints every file below dir with what git keeps of it: content, and whether

@@ -45,6 +45,55 @@ func TestStopNotRecorded(t *testing.T) {
 	d.stop(t)
 }
 
+// TestProcessKilled: whichever process of a VM is killed, the VM's state is true soon, all
+// that it held is let go of, and it can be started again.
+func TestProcessKilled(t *testing.T) {
+	w := newWorld(t)
+	d := w.start(t, "", 0)
+	vm := w.arrange(t, d, "running")
+	c, ctx := d.client(), d.ctx(t)
+	for _, killed := range [][]string{{"vmm pid"}, {"shim pid"}, {"shim pid", "vmm pid"}} {
+		for _, who := range killed {
+			if err := syscall.Kill(pidOf(t, vm, who), syscall.SIGKILL); err != nil && err != syscall.ESRCH {
+				t.Fatal(err)
+			}
+		}
+		begun := time.Now()
+		after := d.waitState(t, bangerv1.VM_STOPPED, "")
+		t.Logf("%v killed: seen after %s, as %q", killed, time.Since(begun).Round(time.Millisecond), after.Ended)
+		if after.LastError != "" || after.Problem != "" || len(after.Handles) > 1 {
+			t.Errorf("%v killed: %v", killed, after)
+		}
+		if killed[0] == "vmm pid" && !strings.Contains(after.Ended, "signal") {
+			t.Errorf("the VM ended: %q", after.Ended)
+		}
+		if text := w.host().Text(); text != "" {
+			t.Errorf("%v killed: left on the host:\n%s", killed, text)
+		}
+		wantNoProcesses(t, filepath.Join(w.state, "vms"))
+		if _, err := os.Stat(filepath.Join(w.state, "vms", vm.Id, "run")); !os.IsNotExist(err) {
+			t.Errorf("%v killed: run/ is there: %v", killed, err)
+		}
+		w.usable(t, d, after, true)
+		var err error
+		if vm, err = c.vm(ctx); err != nil || vm.GetState() != bangerv1.VM_RUNNING {
+			t.Fatalf("started again: %v, %v", vm, err)
+		}
+	}
+	w.clear(t, d)
+	d.stop(t)
+}
+
+// pidOf is one of the processes of a running VM.
+func pidOf(t *testing.T, vm *bangerv1.VM, who string) int {
+	t.Helper()
+	pid, err := strconv.Atoi(vm.GetHandles()[who])
+	if err != nil || pid <= 1 {
+		t.Fatalf("the VM has no %s: %v", who, vm)
+	}
+	return pid
+}
+
 // TestHostReboot: after the host went down in the middle of everything a VM that ran
 // is stopped, with its disk, and can be started.
 func TestHostReboot(t *testing.T) {
@@ -54,18 +103,10 @@ func TestHostReboot(t *testing.T) {
 	d.cmd.Process.Kill()
 	d.waitDead(t)
 	for _, key := range []string{"shim pid", "vmm pid"} {
-		pid, err := strconv.Atoi(vm.Handles[key])
-		if err != nil {
-			t.Fatal(err)
-		}
-		syscall.Kill(pid, syscall.SIGKILL)
+		syscall.Kill(pidOf(t, vm, key), syscall.SIGKILL)
 	}
 	run := filepath.Join(w.state, "vms", vm.Id, "run")
-	for deadline := time.Now().Add(limit); len(processesIn(filepath.Join(w.state, "vms"))) > 0; time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("the VM does not die")
-		}
-	}
+	wantNoProcesses(t, filepath.Join(w.state, "vms"))
 	for _, name := range []string{"handles.json", "processes.json"} {
 		data, err := os.ReadFile(filepath.Join(run, name))
 		if err != nil {

@@ -56,7 +56,7 @@ func serve() error {
 		daemon.WithLayout(config.Layout{Root: os.Getenv(envState)}),
 		daemon.WithPrograms(os.DirFS(programs)),
 		daemon.WithHost(host),
-		daemon.WithImageBuilder(&imagetest.Builder{Before: waitWhileHeld}),
+		daemon.WithImageBuilder(&stamped{imagetest.Builder{Before: waitWhileHeld}}),
 		daemon.WithChecker(locks.NewChecker()),
 		daemon.WithLogger(slog.New(slog.NewTextHandler(os.Stderr, nil))),
 		daemon.WithAgentTimeout(limit/2),

@@ -2,7 +2,8 @@
 // import which, what may be a package-level variable, who may start a process, what
 // package daemon exports, and how long files and functions get. It reads the source;
 // it needs nothing built. Each rule is a function over parsed source, tried on
-// examples that break it, so that a rule that finds nothing is known to look.
+// examples that break it, so that a rule that finds nothing is known to look. Beside them
+// it tries the Makefile without a Go.
 package structure
 
 import (

@@ -3,8 +3,12 @@ package vm
 import (
 	"bytes"
 	"context"
+	"errors"
 	"io"
+	"io/fs"
 	"math/rand/v2"
+	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,6 +17,11 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"connectrpc.com/connect"
+
+	bangerv1 "banger/api/banger/v1"
+	"banger/api/banger/v1/bangerv1connect"
 )
 
 // TestDaemonKilled kills the daemon at random moments of real operations: afterwards
@@ -20,53 +29,207 @@ import (
 // guest, what was half made is gone, and no finished disk is lost.
 func TestDaemonKilled(t *testing.T) {
 	h := newHost(t)
+	repo := newRepo(t, h)
 	h.ok("create", "--name", "steady")
 	h.ok("exec", "steady", "sh", "-c", "echo kept > kept")
 	steady := h.show("steady").Handles
 	h.ok("create", "--name", "finished", "--no-start")
+	finished := h.show("finished").ID
 
 	rng := rand.New(rand.NewPCG(4, 4))
-	for round := range 20 {
+	for round := range 24 {
 		pid := h.daemonPID()
 		name := "half" + strconv.Itoa(round)
-		verbs := [][]string{
-			{"create", "--name", name, "--ready", "agent"},
-			{"start", "finished"},
-			{"stop", "--timeout", "20s", "finished"},
-			{"run", "-d", "--name", name, "--ready", "agent"},
+		verbs := []struct {
+			longest     int // ms, what it takes about
+			prepare, do []string
+			pull        func(ctx context.Context) error
+		}{
+			{longest: 3500, do: []string{"create", "--name", name, "--ready", "agent"}},
+			{longest: 3500, do: []string{"start", "finished"}},
+			{longest: 3500, prepare: []string{"start", "finished"}, do: []string{"stop", "--timeout", "20s", "finished"}},
+			{longest: 3500, do: []string{"run", "-d", "--name", name, "--ready", "agent"}},
+			{longest: 8000, do: []string{"up", "-d", "--name", name, "--ready", "agent"}},
+			{longest: 80, prepare: []string{"create", "--name", name, "--ready", "agent"}, do: []string{"rm", "-f", name}},
+			{longest: 3500, do: []string{"image pull by the API"}, pull: h.pullImage},
+			{longest: 3500, do: []string{"kernel pull by the API"}, pull: h.pullKernel},
 		}
 		verb := verbs[round%len(verbs)]
+		if verb.prepare != nil {
+			h.ok(verb.prepare...)
+		}
 		done := make(chan result, 1)
-		go func() { done <- h.try(verb...) }()
-		time.Sleep(time.Duration(rng.IntN(3500)) * time.Millisecond) // the moment is what is random
-		h.killDaemon(pid)
-		<-done
-
-		got := h.show("steady").Handles
-		for _, key := range []string{"shim pid", "vmm pid", "guest boot id"} {
-			if got[key] != steady[key] {
-				t.Fatalf("round %d, %v: %s was %q, is %q", round, verb, key, steady[key], got[key])
+		go func() {
+			if verb.pull == nil {
+				done <- h.in(repo, nil, verb.do...)
+			} else if err := verb.pull(t.Context()); err != nil {
+				done <- result{stderr: err.Error(), code: -1}
+			} else {
+				done <- result{}
 			}
+		}()
+		time.Sleep(time.Duration(rng.IntN(verb.longest)) * time.Millisecond) // the moment is what is random
+		h.killDaemon(pid)
+		r := <-done
+		t.Logf("round %d, %s: exit %d %q", round, strings.Join(verb.do, " "), r.code, r.stderr)
+		if verb.pull != nil && r.code != 0 && !strings.HasPrefix(r.stderr, connect.CodeUnavailable.String()) { // the daemon was gone
+			t.Errorf("round %d: the pull did not begin: %s", round, r.stderr)
 		}
-		if out := h.ok("exec", "steady", "cat", "kept"); out != "kept\n" {
-			t.Fatalf("round %d: %q", round, out)
-		}
-		if _, err := os.Stat(filepath.Join(h.dir, "vms", h.show("finished").ID, "disk")); err != nil {
+
+		h.wantSteady(round, steady)
+		h.wantWhole(round)
+		if _, err := os.Stat(filepath.Join(h.dir, "vms", finished, "disk")); err != nil {
 			t.Fatalf("round %d: the finished disk: %v", round, err)
 		}
-		// A VM is either whole or not there.
-		for _, n := range strings.Fields(h.ok("ps", "-q")) {
-			if v := h.show(n); v.State != "RUNNING" && v.State != "STOPPED" {
-				t.Fatalf("round %d: %s is %s: %s", round, v.Name, v.State, v.LastError)
+		if verb.do[0] == "up" { // the next one goes on from wherever it was
+			if r := h.in(repo, nil, "up", "-q", "--", "sh", "./greet.sh"); r.code != 0 || r.stdout != "hello from the working tree\n" {
+				t.Fatalf("round %d: the next up: %s", round, r)
 			}
+			r := h.in(repo, nil, "up", "-d", "-q")
+			h.ok("rm", "-f", strings.TrimSpace(r.stdout))
 		}
 		h.try("rm", "-f", name)
 	}
 	h.ok("start", "finished")
 	h.ok("rm", "-f", "finished", "steady")
-	if entries, _ := os.ReadDir(filepath.Join(h.dir, "vms")); len(entries) != 0 {
-		t.Errorf("left in vms/: %v", entries)
+	h.wantNothing()
+}
+
+// pullImage begins to make the image anew, for which the command line has no word.
+func (h *host) pullImage(ctx context.Context) error {
+	_, err := bangerv1connect.NewImagesClient(h.http(), "http://banger").Pull(ctx, &bangerv1.PullImageRequest{Force: true})
+	return err
+}
+
+func (h *host) pullKernel(ctx context.Context) error {
+	_, err := bangerv1connect.NewKernelsClient(h.http(), "http://banger").Pull(ctx, &bangerv1.PullKernelRequest{Force: true})
+	return err
+}
+
+func (h *host) http() *http.Client {
+	return &http.Client{Timeout: time.Minute, Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(h.dir, "bangerd.sock"))
+		},
+	}}
+}
+
+// wantSteady holds that the VM "steady" is the same processes and the same boot.
+func (h *host) wantSteady(round int, before map[string]string) {
+	h.t.Helper()
+	now := h.show("steady").Handles
+	for _, key := range []string{"shim pid", "vmm pid", "guest boot id"} {
+		if now[key] != before[key] {
+			h.t.Fatalf("round %d: %s was %q, is %q", round, key, before[key], now[key])
+		}
 	}
+	if out := h.ok("exec", "steady", "cat", "kept"); out != "kept\n" {
+		h.t.Fatalf("round %d: %q", round, out)
+	}
+}
+
+// wantWhole holds that a VM is either whole or not there, and that what does not run
+// holds nothing: no run directory, no socket, no lock or other file that a process has.
+func (h *host) wantWhole(round int) {
+	h.t.Helper()
+	known := make(map[string]vmJSON)
+	for _, name := range strings.Fields(h.ok("ps", "-q")) {
+		v := h.show(name)
+		known[v.ID] = v
+		if v.State != "RUNNING" && v.State != "STOPPED" {
+			h.t.Fatalf("round %d: %s is %s: %s", round, v.Name, v.State, v.LastError)
+		}
+		if _, err := os.Stat(filepath.Join(h.dir, "vms", v.ID, "disk")); err != nil {
+			h.t.Fatalf("round %d: the disk of %s, which is %s: %v", round, v.Name, v.State, err)
+		}
+	}
+	entries, err := os.ReadDir(filepath.Join(h.dir, "vms"))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	for _, e := range entries {
+		dir := filepath.Join(h.dir, "vms", e.Name())
+		if v, ok := known[e.Name()]; !ok {
+			h.t.Fatalf("round %d: %s belongs to no VM", round, dir)
+		} else if v.State == "RUNNING" {
+			continue
+		}
+		if _, err := os.Stat(filepath.Join(dir, "run")); !os.IsNotExist(err) {
+			h.t.Fatalf("round %d: a run directory in %s: %v", round, dir, err)
+		}
+		h.wantLetGo(dir)
+	}
+	// What a pull had begun is swept in the background.
+	waitFor(h.t, time.Minute, "the cache to be empty", func() bool {
+		left, err := filepath.Glob(filepath.Join(h.dir, "cache", "build-*"))
+		return err == nil && len(left) == 0
+	})
+}
+
+// wantNothing holds that nothing is left when all VMs are removed and the daemon has gone.
+func (h *host) wantNothing() {
+	h.t.Helper()
+	pid := h.daemonPID()
+	h.ok("daemon", "stop")
+	waitFor(h.t, time.Minute, "the daemon to go", func() bool { return syscall.Kill(pid, 0) != nil || isZombie(pid) })
+	h.wantLetGo(h.dir)
+	for _, name := range []string{"vms", "lost"} {
+		if entries, err := os.ReadDir(filepath.Join(h.dir, name)); err != nil || len(entries) > 0 {
+			h.t.Errorf("left in %s/: %v, %v", name, entries, err)
+		}
+	}
+	if mounts := read(h.t, "/proc/self/mountinfo"); strings.Contains(mounts, h.dir) {
+		h.t.Errorf("mounts left:\n%s", mounts)
+	}
+}
+
+// wantLetGo holds that there is no socket below dir, and no process that has to do with it.
+// A killed one lets go of its lock first and of its working directory last.
+func (h *host) wantLetGo(dir string) {
+	h.t.Helper()
+	var left []string
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+		if left = append(socketsBelow(h.t, dir), holdersBelow(dir)...); len(left) == 0 {
+			return
+		}
+	}
+	h.t.Errorf("left below %s: %q", dir, left)
+}
+
+// socketsBelow finds the sockets in the file system below dir.
+func socketsBelow(t testing.TB, dir string) []string {
+	t.Helper()
+	var found []string
+	err := filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+		if err == nil && e.Type() == fs.ModeSocket {
+			found = append(found, path)
+		}
+		if errors.Is(err, fs.ErrNotExist) { // gone meanwhile
+			return nil
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return found
+}
+
+// holdersBelow finds the processes that have a file below dir open, as whoever holds a lock
+// has, and those that work there.
+func holdersBelow(dir string) []string {
+	var found []string
+	links, _ := filepath.Glob("/proc/[0-9]*/fd/*")
+	for _, link := range links {
+		if target, err := os.Readlink(link); err == nil && strings.HasPrefix(target, dir+"/") {
+			found = append(found, link+" -> "+target)
+		}
+	}
+	for _, pid := range processesBelow(dir) {
+		found = append(found, "process "+strconv.Itoa(pid))
+	}
+	return found
 }
 
 // TestStreamKilled kills the daemon in the middle of a large stream, again and

@@ -371,7 +371,7 @@ type StatusResponse struct {
 	Vms        int32                  `protobuf:"varint,8,opt,name=vms,proto3" json:"vms,omitempty"`
 	RunningVms int32                  `protobuf:"varint,9,opt,name=running_vms,json=runningVms,proto3" json:"running_vms,omitempty"`
 	// busy_operations counts what would be interrupted by Shutdown: running
-	// operations and attached streams.
+	// operations, attached streams, and reboots of guests.
 	BusyOperations int32 `protobuf:"varint,10,opt,name=busy_operations,json=busyOperations,proto3" json:"busy_operations,omitempty"`
 	// vmm is the virtual machine monitor in use, for example "qemu".
 	Vmm string `protobuf:"bytes,11,opt,name=vmm,proto3" json:"vmm,omitempty"`

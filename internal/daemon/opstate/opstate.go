@@ -12,7 +12,6 @@ package opstate
 import (
 	"context"
 	"crypto/rand"
-	"errors"
 	"fmt"
 	"runtime/debug"
 	"slices"
@@ -65,10 +64,10 @@ func (e *PanicError) Error() string { return fmt.Sprintf("internal error: %v", e
 
 // ErrClosed is the cause of the cancellation of operations that Close ended, and
 // the error of those begun after it.
-var ErrClosed = errors.New("the daemon is shutting down")
+var ErrClosed error = &api.Error{Code: api.Cancelled, Message: "the daemon is shutting down"}
 
 // ErrCancelled is the cause of the cancellation of an operation by Op.Cancel.
-var ErrCancelled = errors.New("operation was cancelled")
+var ErrCancelled error = &api.Error{Code: api.Cancelled, Message: "operation was cancelled"}
 
 // Registry holds the operations that run, and those finished not long ago.
 type Registry[R any] struct {

@@ -21,7 +21,9 @@ const (
 
 // Boot waits for QEMU's socket and asks it whether the guest runs. When QEMU ends
 // first Boot does not see it: the caller must end ctx.
-func (v *VMM) Boot(ctx context.Context, dir string) error {
+func (v *VMM) Boot(ctx context.Context, dir string) error { return boot(ctx, qmpOf(dir)) }
+
+func boot(ctx context.Context, dial dialer) error {
 	if _, ok := ctx.Deadline(); !ok {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, bootTimeout)
@@ -30,7 +32,7 @@ func (v *VMM) Boot(ctx context.Context, dir string) error {
 	tick := time.NewTicker(bootPoll)
 	defer tick.Stop()
 	for {
-		running, err := bootStatus(ctx, dir)
+		running, err := bootStatus(ctx, dial)
 		if running {
 			return nil
 		}
@@ -55,11 +57,11 @@ func notYet(err error) bool {
 }
 
 // bootStatus asks once. The states are those of RunState in qapi/run-state.json.
-func bootStatus(ctx context.Context, dir string) (running bool, err error) {
+func bootStatus(ctx context.Context, dial dialer) (running bool, err error) {
 	var status struct {
 		Status string `json:"status"`
 	}
-	err = converse(ctx, dir, func(ctx context.Context, q *qmp) error {
+	err = converse(ctx, dial, func(ctx context.Context, q *qmp) error {
 		return q.call(ctx, "query-status", &status)
 	})
 	if err != nil {
@@ -78,7 +80,7 @@ func bootStatus(ctx context.Context, dir string) (running bool, err error) {
 // device. The guest needs the module button and something that listens, like
 // systemd-logind; that it does cannot be seen from here.
 func (v *VMM) PowerButton(ctx context.Context, dir string) error {
-	err := converse(ctx, dir, func(ctx context.Context, q *qmp) error {
+	err := converse(ctx, qmpOf(dir), func(ctx context.Context, q *qmp) error {
 		return q.call(ctx, "system_powerdown", nil)
 	})
 	if err != nil {

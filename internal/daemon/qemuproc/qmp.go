@@ -10,6 +10,7 @@ import (
 	"net"
 	"time"
 
+	"banger/api"
 	"banger/internal/guest/wire"
 )
 
@@ -160,17 +161,24 @@ func (q *qmp) Close() error {
 	return q.conn.Close()
 }
 
-// silentError is a QEMU that says nothing for qmpTimeout.
-type silentError struct{}
+// silent is a QEMU that says nothing for qmpTimeout.
+func silent() error {
+	return &api.Error{Code: api.Unresponsive, Message: fmt.Sprintf("no answer within %v", qmpTimeout),
+		Hint: "banger doctor", Err: context.DeadlineExceeded}
+}
 
-func (silentError) Error() string        { return fmt.Sprintf("no answer within %v", qmpTimeout) }
-func (silentError) Is(target error) bool { return target == context.DeadlineExceeded }
+// dialer connects to QEMU's socket.
+type dialer func(ctx context.Context) (net.Conn, error)
+
+func qmpOf(dir string) dialer {
+	return func(ctx context.Context) (net.Conn, error) { return wire.DialUnix(ctx, dir, QMPSocket) }
+}
 
 // converse connects, greets and lets talk ask.
-func converse(ctx context.Context, dir string, talk func(ctx context.Context, q *qmp) error) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, qmpTimeout, silentError{})
+func converse(ctx context.Context, dial dialer, talk func(ctx context.Context, q *qmp) error) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, qmpTimeout, silent())
 	defer cancel()
-	conn, err := wire.DialUnix(ctx, dir, QMPSocket)
+	conn, err := dial(ctx)
 	if err != nil {
 		return err
 	}

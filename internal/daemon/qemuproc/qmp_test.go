@@ -11,8 +11,10 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
+	"banger/api"
 	"banger/internal/config"
 )
 
@@ -170,4 +172,23 @@ func TestBootOfAStoppedGuestFails(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "internal-error") {
 		t.Errorf("error %v", err)
 	}
+}
+
+// A QEMU that takes the connection and says nothing: one bounded wait, and a hint.
+func TestBootOfASilentQEMU(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dialled := 0
+		err := boot(t.Context(), func(context.Context) (net.Conn, error) {
+			dialled++
+			ours, theirs := net.Pipe()
+			t.Cleanup(func() { theirs.Close() })
+			return ours, nil
+		})
+		if err == nil || err.Error() != "cannot boot: cannot talk to QEMU: no answer within 30s" || dialled != 1 {
+			t.Errorf("after %d attempts: %v", dialled, err)
+		}
+		if api.CodeOf(err) != api.Unresponsive || api.HintOf(err) != "banger doctor" || !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("code %s, hint %q: %v", api.CodeOf(err), api.HintOf(err), err)
+		}
+	})
 }
