@@ -343,7 +343,8 @@ func (s *session) recover() error {
 		}
 		j, err := s.load(f.Name())
 		if err != nil {
-			return err
+			s.note("%v", err)
+			continue
 		}
 		if !said {
 			said = true
@@ -383,7 +384,7 @@ func (s *session) load(name string) (*journal, error) {
 	}
 	var j journal
 	if err := json.Unmarshal(data, &j); err != nil || j.Version != version {
-		return nil, api.Errorf(api.Refused, "an earlier apply left %s, which this banger does not understand", shown(s.file(name))).
+		return nil, api.Errorf(api.Refused, "an earlier apply left %s, which this banger does not understand; former contents lie under the names .banger-apply-*.old", shown(s.file(name))).
 			WithHint("git -C %s status", shown(s.top))
 	}
 	return &j, nil

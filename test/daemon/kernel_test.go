@@ -210,7 +210,7 @@ func holdOpen(t *testing.T, path string) (opened <-chan os.Signal, release func(
 	release = func() { signal.Stop(signals); f.Close() }
 	t.Cleanup(release)
 	if _, err := unix.FcntlInt(f.Fd(), unix.F_SETLEASE, unix.F_WRLCK); err != nil {
-		t.Skipf("the file system of %s has no leases: %v", path, err)
+		t.Fatalf("no lease on %s, which holds the start back here; set TMPDIR to a local file system: %v", path, err)
 	}
 	return signals, release
 }

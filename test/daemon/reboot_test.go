@@ -95,6 +95,31 @@ func TestRebootIsTakenOver(t *testing.T) {
 	}
 }
 
+// TestRebootAfterAll: a stop that is taken back before it began leaves the reboot to be
+// carried out.
+func TestRebootAfterAll(t *testing.T) {
+	w := newWorld(t)
+	const point = "reboot/process/acquire/effect"
+	d := w.start(t, "pause "+point, 0)
+	before := w.arrange(t, d, "running")
+	d.exec(t, "reboot")
+	d.waitPoint(t, point)
+	c, ctx := d.client(), d.ctx(t)
+	op, err := c.vms.Stop(ctx, &bangerv1.StopVMRequest{Ref: "v"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.ops.Cancel(ctx, &bangerv1.CancelOperationRequest{Id: op.Id}); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.do(ctx)(op, nil); err == nil {
+		t.Fatal("the stop was not taken back")
+	}
+	d.resume(t)
+	d.waitState(t, bangerv1.VM_RUNNING, before.Handles["vmm pid"])
+	w.settled(t, d, bangerv1.VM_RUNNING)
+}
+
 // TestStopThenReboot: a guest that reboots while a user stops it stays stopped, also when
 // the daemon dies at any step of that stop.
 func TestStopThenReboot(t *testing.T) {
@@ -137,10 +162,11 @@ func TestShutdownDuringReboot(t *testing.T) {
 	if err == nil || d.dead() {
 		t.Fatalf("a daemon with a reboot under way was idle: %v", err)
 	}
-	ended := make(chan struct{})
-	go func() { defer close(ended); d.stop(t) }()
+	if _, err := d.client().machine.Shutdown(d.ctx(t), &bangerv1.ShutdownRequest{}); err != nil {
+		t.Fatal(err)
+	}
 	d.resume(t)
-	<-ended
+	d.waitEnded(t)
 	d = w.start(t, "", 0)
 	d.waitState(t, bangerv1.VM_RUNNING, before.Handles["vmm pid"])
 	w.settled(t, d, bangerv1.VM_RUNNING)

@@ -239,6 +239,11 @@ func (d *process) waitDead(t *testing.T) {
 func (d *process) stop(t *testing.T) {
 	t.Helper()
 	d.client().machine.Shutdown(d.ctx(t), &bangerv1.ShutdownRequest{})
+	d.waitEnded(t)
+}
+
+func (d *process) waitEnded(t *testing.T) {
+	t.Helper()
 	select {
 	case <-d.done:
 	case <-time.After(limit):

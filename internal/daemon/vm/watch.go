@@ -119,14 +119,15 @@ func (m *Manager) rebootIfAsked(rec store.VM) {
 		defer m.reboots.Add(-1)
 		for {
 			begun, err := m.reboot(ctx, id)
-			switch {
-			case ctx.Err() != nil:
+			again := !begun && api.CodeOf(err) == api.Busy
+			if api.CodeOf(err) == api.Cancelled {
+				m.log.Info("a reboot was broken off", "vm", name, "by", err)
+				again = true // whoever took over may give up and leave the wish
+			}
+			if ctx.Err() != nil {
 				return // the record still has it, for the next daemon
-			case !begun && api.CodeOf(err) == api.Busy:
-			case api.CodeOf(err) == api.Cancelled:
-				m.log.Info("a reboot was taken over", "vm", name, "by", err)
-				return
-			default:
+			}
+			if !again {
 				if err != nil {
 					m.log.Error("cannot carry out a reboot", "vm", name, "err", err)
 				}

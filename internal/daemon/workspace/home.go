@@ -49,24 +49,31 @@ func (r *Repo) checkHome(ctx context.Context) error {
 // notNamed is the error for a .git file that is not believed.
 func (r *Repo) notNamed() *api.Error {
 	err := api.Errorf(api.Refused, "its .git names the git directory %s, which does not name %s", visible(r.gitDir), visible(r.Path))
-	if r.commonDir != r.gitDir {
+	switch {
+	case r.commonDir != r.gitDir:
 		return err.WithHint("git worktree repair")
+	case strings.Contains(r.gitDir+"/", "/.git/"):
+		// It is that of another folder. To say more than what to look at would help whoever
+		// made this one to get at it.
+		return err.WithHint("cat %s", visible(filepath.Join(r.Path, ".git")))
 	}
+	err.Message += "; if this folder is yours, tell git"
 	return err.WithHint("git config core.worktree %s", visible(r.Path))
 }
 
 // linkedBack tells whether the git directory that a .git file names says the same: that
 // of a linked working tree does in its file gitdir, and lies where git puts these (see
 // gitrepository-layout(5)); that of a submodule does in core.worktree. What "git init"
-// and "git clone" make with --separate-git-dir says nothing: checkApart looks further,
-// but not at what is, or lies in, the .git of some other folder.
+// and "git clone" make with --separate-git-dir says nothing, and nothing else in it can
+// be believed: one "git status" in a folder that was made to deceive puts the inodes of
+// that folder's files into the index.
 func (r *Repo) linkedBack(dotGit string) (bool, error) {
 	if r.commonDir == r.gitDir {
-		if tree := r.config["core.worktree"]; tree != "" {
-			return samePath(r.gitDir, tree, r.Path)
+		tree := r.config["core.worktree"]
+		if tree == "" {
+			return false, nil
 		}
-		r.apart = !strings.Contains(r.gitDir+"/", "/.git/")
-		return r.apart, nil
+		return samePath(r.gitDir, tree, r.Path)
 	}
 	if filepath.Dir(r.gitDir) != filepath.Join(r.commonDir, "worktrees") {
 		return false, nil
@@ -104,25 +111,6 @@ func samePath(dir, name, want string) (bool, error) {
 		return false, unreadable(want, err)
 	}
 	return os.SameFile(a, b), nil
-}
-
-// checkApart refuses a git directory apart that does not know this working tree. The
-// index of one that does has the inode and the times of a file here, which nobody can
-// put into an archive. Without commits and an index there is nothing to bring in.
-func (s *shadow) checkApart(ctx context.Context, index map[string]indexed) error {
-	if s.repo.Head == "" && len(index) == 0 {
-		return nil
-	}
-	changed, err := s.dirty(ctx) // it goes by inode and times alone
-	if err != nil {
-		return err
-	}
-	for path, e := range index {
-		if e.looked && !changed[path] {
-			return nil
-		}
-	}
-	return s.repo.notNamed()
 }
 
 // checkRefs refuses links where HEAD is looked up: they could name a commit of another

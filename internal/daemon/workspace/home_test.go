@@ -91,26 +91,6 @@ func disbelieved() map[string]refusal {
 			w.git(w.host, "config", "core.worktree", filepath.Dir(w.host))
 			return w.host
 		}},
-		"a git directory apart that does not know it": {api.Refused, []string{"its .git names", "which does not name"}, func(w *world) string {
-			top := filepath.Dir(w.host)
-			w.git(top, "init", "-q", "--separate-git-dir", "apart.git", "apart")
-			for _, name := range []string{"changed", "removed", "assumed", "skipped"} {
-				write(w.t, top, "apart/"+name, name+"\n")
-			}
-			w.git(top, "init", "-q", "lib")
-			w.git(top+"/lib", "commit", "-q", "--allow-empty", "-m", "lib")
-			w.git(top+"/apart", "update-index", "--add", "--cacheinfo", "160000,"+w.git(top+"/lib", "rev-parse", "HEAD")+",lib")
-			w.git(top+"/apart", "add", "changed", "removed", "assumed", "skipped")
-			w.git(top+"/apart", "commit", "-q", "-m", "private")
-			w.git(top+"/apart", "update-index", "--assume-unchanged", "assumed")
-			w.git(top+"/apart", "update-index", "--skip-worktree", "skipped")
-			return w.stranger(func(dir string) {
-				write(w.t, dir, ".git", "gitdir: ../apart.git\n")
-				for _, name := range []string{"changed", "assumed", "skipped"} { // the content is no secret
-					write(w.t, dir, name, name+"\n")
-				}
-			})
-		}},
 	}
 }
 
@@ -122,33 +102,17 @@ func (w *world) apart() string {
 	return filepath.Join(top, "apart.git")
 }
 
-// A git directory elsewhere is the repository's own when its index knows the files, or
-// when it says so.
+// A git directory elsewhere is the repository's own when it says so, and not because it
+// knows the files: one git status in a forged folder sees to that.
 func TestGitDirectoryApart(t *testing.T) {
 	w := newWorld(t)
 	gitDir := w.apart()
-	_, err := w.m.Inspect(t.Context(), w.host) // nothing is in it yet
-	check(t, err)
 	write(t, w.host, "a", "a\n")
 	write(t, w.host, "b", "b\n")
 	w.commit("first")
 	write(t, w.host, "a", "dirty\n")
-	was, wasGit := state(t, w.host, true), state(t, gitDir, true)
-	w.prepare()
-	untouched(t, "host", was, state(t, w.host, true))
-	untouched(t, "git directory", wasGit, state(t, gitDir, true))
-	want(t, "inside", tree(t, w.inside), tree(t, w.host))
-	want(t, "status", w.git(w.inside, "status", "--porcelain"), " M a")
-
-	clone := filepath.Join(filepath.Dir(w.host), "clone")
-	w.git(filepath.Dir(w.host), "clone", "-q", "--separate-git-dir", "clone.git", w.host, clone)
-	_, err = w.m.Inspect(t.Context(), clone)
-	check(t, err)
-
-	// A copy is not known, until the user says so.
-	check(t, os.Rename(w.host, w.host+".old"))
-	check(t, os.CopyFS(w.host, os.DirFS(w.host+".old")))
-	_, err = w.m.Inspect(t.Context(), w.host)
+	w.git(w.host, "status")
+	_, err := w.m.Inspect(t.Context(), w.host)
 	wantError(t, err, api.Refused, "which does not name")
 	want(t, "hint", api.HintOf(err), "git config core.worktree "+w.host)
 	link := filepath.Join(filepath.Dir(w.host), "link")
@@ -158,10 +122,16 @@ func TestGitDirectoryApart(t *testing.T) {
 		_, err = w.m.Inspect(t.Context(), w.host)
 		check(t, err)
 	}
+	was, wasGit := state(t, w.host, true), state(t, gitDir, true)
+	w.prepare()
+	untouched(t, "host", was, state(t, w.host, true))
+	untouched(t, "git directory", wasGit, state(t, gitDir, true))
+	want(t, "inside", tree(t, w.inside), tree(t, w.host))
+	want(t, "status", w.git(w.inside, "status", "--porcelain"), " M a")
 }
 
-// The git directory of another repository is not looked at further, not even when its
-// index knows the files.
+// The git directory of another repository is not believed, and the hint does not help to
+// make it so.
 func TestGitDirectoryOfAnother(t *testing.T) {
 	w := newWorld(t)
 	write(t, w.host, "a", "a\n")
@@ -173,6 +143,7 @@ func TestGitDirectoryOfAnother(t *testing.T) {
 	w.git(dir, "status")
 	_, err := w.m.Inspect(t.Context(), dir)
 	wantError(t, err, api.Refused, "which does not name")
+	want(t, "hint", api.HintOf(err), "cat "+dir+"/.git")
 }
 
 // linked makes a linked working tree of the repository at main.

@@ -27,7 +27,6 @@ type Repo struct {
 	commonDir string // gitDir, or the main one of a linked working tree
 	format    format
 	shallow   bool
-	apart     bool              // gitDir does not say whose it is, see checkApart
 	config    map[string]string // keys in lower case but for subsections
 	// ignores is the user's own list of ignored files; core.excludesfile in config may
 	// be the repository's choice.

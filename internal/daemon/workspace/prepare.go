@@ -39,6 +39,9 @@ type Prepared struct {
 // mergeTries bounds how often a prepare tries because files changed inside meanwhile.
 const mergeTries = 5
 
+// stuckRounds bounds how many things in the way of git are found one at a time.
+const stuckRounds = 100
+
 // Prepare brings the repository that path lies in into a running VM, the first time
 // and every other time. Ended at any moment, by ctx, Interrupt, SIGKILL or a full
 // disk, it leaves the base as it was or as it was to become, and no file that is half
@@ -314,8 +317,8 @@ func (j *preparation) shallow(ctx context.Context) error {
 // bring merges the host's working tree into the guest's, and returns the new base.
 func (j *preparation) bring(ctx context.Context, guest files) (plan, string, error) {
 	tries := mergeTries
-	// Where git gives up at the first thing in its way, each file needs a round of its own.
-	for rounds := len(j.base) + len(j.snap.files); ; rounds-- {
+	// Where git gives up at the first thing in its way, each needs a round of its own.
+	for rounds := stuckRounds; ; rounds-- {
 		pl, newBase, err := j.bringOnce(ctx, guest)
 		var failed *guestError
 		if err == nil || !errors.As(err, &failed) || api.CodeOf(err) != api.Internal {

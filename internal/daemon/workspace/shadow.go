@@ -131,14 +131,18 @@ func (s *shadow) build() error {
 	return s.takeExclude(filepath.Join(s.repo.commonDir, "info", "exclude"))
 }
 
-// takeExclude makes info/exclude. git follows one that is a link, so the shadow does; it
-// is a link there too, as nothing of what it names is sent.
+// takeExclude makes info/exclude. git follows links in its path, so the shadow does; it
+// is a link there then, as nothing of what it names is sent.
 func (s *shadow) takeExclude(path string) error {
 	to := filepath.Join(s.dir, "info", "exclude")
-	info, err := os.Lstat(path)
-	isLink := err == nil && info.Mode()&fs.ModeSymlink != 0
-	if isLink {
-		info, err = os.Stat(path)
+	own, err := filepath.EvalSymlinks(s.repo.commonDir)
+	if err != nil {
+		return unreadable(s.repo.commonDir, err)
+	}
+	real, err := filepath.EvalSymlinks(path)
+	var info fs.FileInfo
+	if err == nil {
+		info, err = os.Stat(real)
 	}
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -147,7 +151,7 @@ func (s *shadow) takeExclude(path string) error {
 		return unreadable(path, err)
 	case !info.Mode().IsRegular():
 		return notPlain(path)
-	case isLink:
+	case real != filepath.Join(own, "info", "exclude"):
 		return os.Symlink(path, to)
 	}
 	return copyFile(to, path)
@@ -187,12 +191,11 @@ func copyFile(to, from string) error {
 type indexed struct {
 	entry
 	skipped bool // sparse checkout: it is not on the disk on purpose
-	looked  bool // git looks at the file on the disk
 }
 
 // tracked lists the index. It refuses what cannot be brought in.
 func (s *shadow) tracked(ctx context.Context) (map[string]indexed, error) {
-	args := []string{"ls-files", "-z", "-v", "-s", "--full-name"}
+	args := []string{"ls-files", "-z", "-t", "-s", "--full-name"}
 	if s.sparseIndex() {
 		args = append(args, "--sparse")
 	}
@@ -203,8 +206,7 @@ func (s *shadow) tracked(ctx context.Context) (map[string]indexed, error) {
 	index := map[string]indexed{}
 	var submodules []string
 	for _, item := range splitZ(out) {
-		// "H 100644 OID 0<tab>PATH"; the letter is a small one for what git was told to
-		// assume unchanged.
+		// "H 100644 OID 0<tab>PATH"
 		meta, path, _ := strings.Cut(item, "\t")
 		f := strings.Fields(meta)
 		if len(f) != 4 || !isOID(f[2]) {
@@ -226,7 +228,7 @@ func (s *shadow) tracked(ctx context.Context) (map[string]indexed, error) {
 			}
 			continue
 		}
-		index[path] = indexed{entry: entry{f[1], f[2]}, skipped: strings.EqualFold(f[0], "S"), looked: f[0] == "H" && f[1] != modeGitlink}
+		index[path] = indexed{entry: entry{f[1], f[2]}, skipped: f[0] == "S"}
 		if f[1] == modeGitlink {
 			if _, err := os.Lstat(filepath.Join(s.repo.Path, path, ".git")); err == nil {
 				submodules = append(submodules, path)
@@ -237,9 +239,6 @@ func (s *shadow) tracked(ctx context.Context) (map[string]indexed, error) {
 		slices.Sort(submodules)
 		return nil, api.Errorf(api.Refused, "submodules cannot be brought in, and these are checked out: %s; a new working tree is without them", list(submodules)).
 			WithHint("git worktree add ../%s-vm", visible(s.repo.Name))
-	}
-	if s.repo.apart {
-		return index, s.checkApart(ctx, index)
 	}
 	return index, nil
 }

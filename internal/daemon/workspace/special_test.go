@@ -418,6 +418,16 @@ func TestExcludeIsALink(t *testing.T) {
 	want(t, "inside", tree(t, w.inside), "\"a\" -rw-r--r-- \"a\\n\"\n")
 	want(t, "exclude inside", strings.TrimSpace(read(t, w.inside, ".git/info/exclude")), "")
 	want(t, "note", p.Notes[len(p.Notes)-1], "info/exclude is a symbolic link: what it lists is ignored on the host only")
+	// Nor where a folder above it is the link.
+	theirs := t.TempDir()
+	write(t, theirs, "exclude", "SECRET\n")
+	check(t, os.RemoveAll(filepath.Join(w.host, ".git/info")))
+	check(t, os.Symlink(theirs, filepath.Join(w.host, ".git/info")))
+	check(t, os.RemoveAll(w.inside))
+	w.prepare()
+	want(t, "exclude inside", strings.TrimSpace(read(t, w.inside, ".git/info/exclude")), "")
+	check(t, os.Remove(filepath.Join(w.host, ".git/info")))
+	w.replaceExclude(func(path string) error { return os.Symlink(mine, path) })
 	check(t, os.Remove(mine)) // a link to nothing is as no file
 	w.prepare(true)
 	want(t, "x.mine", read(t, w.inside, "x.mine"), "x\n")
