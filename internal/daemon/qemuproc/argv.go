@@ -110,6 +110,11 @@ func kernelArgs(s setup) []string {
 		// A panic ends the VM, which is seen, instead of hanging, which is not:
 		// reboot at once, and -no-reboot makes that QEMU's end.
 		"panic=-1",
+		// A restart is a triple fault, which ends QEMU. By itself the kernel, on hardware
+		// that it takes for reduced (ACPI) and without EFI, jumps into the firmware, and that
+		// into a kernel whose first code has long been freed: whether the CPU faults there
+		// or runs in circles for ever depends on what the guest keeps in that memory.
+		"reboot=t",
 		// Self tests of the crypto code, an eighth of the boot's CPU time under TCG.
 		"cryptomgr.notests",
 		// virtio-rng comes with a module; whoever asks for random bytes before it must
