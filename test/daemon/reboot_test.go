@@ -71,15 +71,23 @@ func (w *world) settled(t *testing.T, d *process, want bangerv1.VM_State) {
 	d.stop(t)
 }
 
+// rebooting is a daemon that pauses at one step of its guest's reboot, and the VM as it
+// was before.
+func (w *world) rebooting(t *testing.T, point string) (d *process, before *bangerv1.VM) {
+	t.Helper()
+	d = w.start(t, "pause "+point, 0)
+	before = w.arrange(t, d, "running")
+	d.exec(t, "reboot")
+	d.waitPoint(t, point)
+	return d, before
+}
+
 // TestRebootIsTakenOver: a stop at any step of a reboot is the last word.
 func TestRebootIsTakenOver(t *testing.T) {
 	w := newWorld(t)
 	for _, point := range w.endPoints(t, "reboot", bangerv1.VM_RUNNING) {
 		t.Run(point, func(t *testing.T) {
-			d := w.start(t, "pause "+point, 0)
-			w.arrange(t, d, "running")
-			d.exec(t, "reboot")
-			d.waitPoint(t, point)
+			d, _ := w.rebooting(t, point)
 			c, ctx := d.client(), d.ctx(t)
 			op, err := c.vms.Stop(ctx, &bangerv1.StopVMRequest{Ref: "v"})
 			if err != nil {
@@ -100,10 +108,7 @@ func TestRebootIsTakenOver(t *testing.T) {
 func TestRebootAfterAll(t *testing.T) {
 	w := newWorld(t)
 	const point = "reboot/process/acquire/effect"
-	d := w.start(t, "pause "+point, 0)
-	before := w.arrange(t, d, "running")
-	d.exec(t, "reboot")
-	d.waitPoint(t, point)
+	d, before := w.rebooting(t, point)
 	c, ctx := d.client(), d.ctx(t)
 	op, err := c.vms.Stop(ctx, &bangerv1.StopVMRequest{Ref: "v"})
 	if err != nil {
@@ -154,10 +159,7 @@ func TestStopThenReboot(t *testing.T) {
 func TestShutdownDuringReboot(t *testing.T) {
 	w := newWorld(t)
 	const point = "reboot/process/acquire/effect"
-	d := w.start(t, "pause "+point, 0)
-	before := w.arrange(t, d, "running")
-	d.exec(t, "reboot")
-	d.waitPoint(t, point)
+	d, before := w.rebooting(t, point)
 	_, err := d.client().machine.Shutdown(d.ctx(t), &bangerv1.ShutdownRequest{IfIdle: true})
 	if err == nil || d.dead() {
 		t.Fatalf("a daemon with a reboot under way was idle: %v", err)
