@@ -71,6 +71,9 @@ func methods() []string {
 		bangerv1connect.VMsStopProcedure,
 		bangerv1connect.VMsDeleteProcedure,
 		bangerv1connect.VMsHoldProcedure,
+		bangerv1connect.VMsSetProcedure,
+		bangerv1connect.VMsNetworkLogProcedure,
+		bangerv1connect.VMsPortsProcedure,
 		bangerv1connect.WorkspacesFindProcedure,
 		bangerv1connect.WorkspacesPrepareProcedure,
 		bangerv1connect.WorkspacesExportProcedure,
@@ -238,7 +241,7 @@ func (d *Daemon) handler() http.Handler {
 		connect.WithReadMaxBytes(4<<20),
 	)
 	mux.Handle(bangerv1connect.NewMachineHandler(machineService{d}, handlerOptions))
-	mux.Handle(bangerv1connect.NewVMsHandler(vmService{d}, handlerOptions))
+	mux.Handle(bangerv1connect.NewVMsHandler(vmService{d: d}, handlerOptions))
 	mux.Handle(bangerv1connect.NewWorkspacesHandler(workspaceService{d}, handlerOptions))
 	mux.Handle(bangerv1connect.NewImagesHandler(imageService{d}, handlerOptions))
 	mux.Handle(bangerv1connect.NewKernelsHandler(kernelService{d}, handlerOptions))

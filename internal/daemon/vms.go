@@ -13,12 +13,16 @@ import (
 
 	"banger/api"
 	bangerv1 "banger/api/banger/v1"
+	"banger/api/banger/v1/bangerv1connect"
 	"banger/internal/daemon/opstate"
 	"banger/internal/daemon/store"
 	"banger/internal/daemon/vm"
 )
 
-type vmService struct{ d *Daemon }
+type vmService struct {
+	bangerv1connect.UnimplementedVMsHandler // until Set, NetworkLog and Ports are there
+	d *Daemon
+}
 
 func (s vmService) List(ctx context.Context, _ *bangerv1.ListVMsRequest) (*bangerv1.ListVMsResponse, error) {
 	views, err := s.d.vms.List(ctx)
