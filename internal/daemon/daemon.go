@@ -54,7 +54,7 @@ type Daemon struct {
 	// whoever comes after it is told to ask the next daemon. ops has a lock below it.
 	entry   sync.Mutex
 	ending  bool
-	streams int // attached: exec, export, and leases
+	streams int // attached: exec, dial, export, and leases
 }
 
 // methods is the one list of what the API can do. A test holds it against the
@@ -233,7 +233,7 @@ func (d *Daemon) Serve(ctx context.Context) error {
 	return nil
 }
 
-// handler routes every method of the API, and exec.
+// handler routes every method of the API, and the streams with guests.
 func (d *Daemon) handler() http.Handler {
 	mux := http.NewServeMux()
 	handlerOptions := connect.WithHandlerOptions(
@@ -246,14 +246,16 @@ func (d *Daemon) handler() http.Handler {
 	mux.Handle(bangerv1connect.NewImagesHandler(imageService{d}, handlerOptions))
 	mux.Handle(bangerv1connect.NewKernelsHandler(kernelService{d}, handlerOptions))
 	mux.Handle(bangerv1connect.NewOperationsHandler(operationService{d}, handlerOptions))
-	mux.HandleFunc("/v1/exec", d.serveExec)
-
 	known := make(map[string]bool)
+	for _, g := range guestStreams() {
+		known[g.path()] = true
+		mux.HandleFunc(g.path(), func(w http.ResponseWriter, r *http.Request) { d.serveStream(w, r, g) })
+	}
 	for _, m := range methods() {
 		known[m] = true
 	}
 	return onlyOwner(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if _, pattern := mux.Handler(r); pattern == "" || pattern != "/v1/exec" && !known[r.URL.Path] {
+		if _, pattern := mux.Handler(r); pattern == "" || !known[r.URL.Path] {
 			writeError(w, http.StatusNotFound, api.Errorf(api.UnknownMethod, "unknown method %s", r.URL.Path))
 			return
 		}

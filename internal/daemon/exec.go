@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"slices"
 	"sync"
 	"time"
 
@@ -16,15 +17,43 @@ import (
 	"banger/internal/guest/wire"
 )
 
-// execProtocol is the token of the Upgrade header, see docs/api.md.
-const execProtocol = "banger-stream/1"
+// streamProtocol is the token of the Upgrade header, see docs/api.md.
+const streamProtocol = "banger-stream/1"
 
-// serveExec runs one command in a VM over an upgraded connection. The frames of the
+// guestStream is an operation of the guest's agent that a client has as a stream of
+// frames.
+type guestStream struct {
+	op string
+	// take returns of a client's request what the operation needs; not ok when it lacks it.
+	take func(wire.Request) (wire.Request, bool)
+	// host and guest are the kinds of frames that pass after the request.
+	host, guest []wire.Kind
+}
+
+// path is the place of the stream in the API.
+func (g guestStream) path() string { return "/v1/" + g.op }
+
+// guestStreams are all there are, see docs/api.md.
+func guestStreams() []guestStream { return []guestStream{execStream(), dialStream()} }
+
+// execStream runs one command.
+func execStream() guestStream {
+	return guestStream{
+		op: wire.OpExec,
+		take: func(r wire.Request) (wire.Request, bool) {
+			return wire.Request{Op: wire.OpExec, Exec: r.Exec, Acks: r.Acks}, r.Exec != nil
+		},
+		host:  []wire.Kind{wire.KindStdin, wire.KindStdinEOF, wire.KindResize, wire.KindSignal},
+		guest: []wire.Kind{wire.KindStarted, wire.KindStdout, wire.KindStderr, wire.KindStdinAck, wire.KindExit, wire.KindError},
+	}
+}
+
+// serveStream has g with a VM's guest over an upgraded connection. The frames of the
 // guest are decoded and bounded here: the guest is hostile, and so may be a client.
-func (d *Daemon) serveExec(w http.ResponseWriter, r *http.Request) {
-	if r.Method != http.MethodPost || r.Header.Get("Upgrade") != execProtocol {
+func (d *Daemon) serveStream(w http.ResponseWriter, r *http.Request, g guestStream) {
+	if r.Method != http.MethodPost || r.Header.Get("Upgrade") != streamProtocol {
 		writeError(w, http.StatusUpgradeRequired,
-			api.Errorf(api.Invalid, "exec needs POST with Upgrade: %s", execProtocol))
+			api.Errorf(api.Invalid, "%s needs POST with Upgrade: %s", g.op, streamProtocol))
 		return
 	}
 	rec, err := d.vms.Resolve(r.Context(), r.URL.Query().Get("vm"), true)
@@ -52,13 +81,13 @@ func (d *Daemon) serveExec(w http.ResponseWriter, r *http.Request) {
 	}
 	stream := wire.NewStream(bufferedConn{client, buffered.Reader})
 	defer stream.Close()
-	fmt.Fprintf(buffered, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\n", execProtocol)
+	fmt.Fprintf(buffered, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\n", streamProtocol)
 	if buffered.Flush() != nil {
 		return
 	}
 	// The request's context ends with the handler only, once hijacked; a client that
 	// goes away shows in the relay.
-	if err := d.relayExec(r.Context(), rec.ID, stream); err != nil {
+	if err := d.relay(r.Context(), rec.ID, stream, g); err != nil {
 		e := asAPIError(err)
 		stream.SendJSON(wire.KindError, wire.Error{Code: string(e.Code), Message: e.Message})
 	}
@@ -75,9 +104,9 @@ type bufferedConn struct {
 
 func (c bufferedConn) Read(p []byte) (int, error) { return c.in.Read(p) }
 
-// relayExec passes the frames of one exec on in both directions until the guest has
+// relay passes the frames of one stream on in both directions until the guest has
 // sent its last frame or either side is gone. The error is for the client.
-func (d *Daemon) relayExec(ctx context.Context, id string, client *wire.Stream) error {
+func (d *Daemon) relay(ctx context.Context, id string, client *wire.Stream, g guestStream) error {
 	first, cancel := context.WithTimeout(ctx, firstFrameTimeout)
 	defer cancel()
 	stop := client.CloseOn(first)
@@ -86,9 +115,13 @@ func (d *Daemon) relayExec(ctx context.Context, id string, client *wire.Stream) 
 	if err != nil {
 		return nil // the client is gone
 	}
-	var req wire.Request
-	if kind != wire.KindRequest || json.Unmarshal(payload, &req) != nil || req.Op != wire.OpExec || req.Exec == nil {
-		return api.Errorf(api.Invalid, "the first frame must be an exec request")
+	var asked, req wire.Request
+	ok := kind == wire.KindRequest && json.Unmarshal(payload, &asked) == nil && asked.Op == g.op
+	if ok {
+		req, ok = g.take(asked)
+	}
+	if !ok {
+		return api.Errorf(api.Invalid, "the first frame must be a request to %s", g.op)
 	}
 	conn, err := d.vms.Dial(ctx, id)
 	if err != nil {
@@ -101,15 +134,15 @@ func (d *Daemon) relayExec(ctx context.Context, id string, client *wire.Stream) 
 	}
 	go func() {
 		// When the client is gone the guest's stream is closed, and the agent ends the
-		// command.
+		// command, or resets the service's connection.
 		defer guest.Close()
-		wire.Relay(guest, client, func(k wire.Kind) bool { return k.FromHost() && k != wire.KindRequest })
+		wire.Relay(guest, client, func(k wire.Kind) bool { return slices.Contains(g.host, k) })
 	}()
 	sign := d.watchFor(ctx, id, guest)
 	var lost *wire.SendError
 	_, err = wire.Relay(client, guest, func(k wire.Kind) bool {
 		sign.seen()
-		return k.FromGuest() && k != wire.KindReply
+		return slices.Contains(g.guest, k)
 	})
 	if err == nil || errors.As(err, &lost) {
 		return nil // the client has it all, or is gone
