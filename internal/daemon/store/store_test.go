@@ -16,6 +16,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
+
+	"banger/internal/netwire"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -55,7 +57,11 @@ func testVM(n int) VM {
 	return VM{ID: fmt.Sprintf("id%04d", n), Name: fmt.Sprintf("vm-%04d", n), State: Creating, Slot: n, ImageID: "img", Kernel: "debian-cloud",
 		CPUs: 4, Memory: 4 << 30, Disk: 20 << 30, DiskDriver: "reflink", MachineID: strings.Repeat("a", 32),
 		User: User{Name: "ann", UID: 1000, GID: 1001}, Owner: 1000, RemoveOnRelease: true, Repository: fmt.Sprintf("/src/%d", n),
-		CreatedAt: testTime(), LastError: "no space", Ended: "powered off", Reboot: true}
+		CreatedAt: testTime(), LastError: "no space", Ended: "powered off", Reboot: true, Network: testNetwork()}
+}
+
+func testNetwork() netwire.Network {
+	return netwire.Network{Preset: "lan", Allow: []string{"github.com:443"}, Deny: []string{"10.0.0.0/8"}, Publish: []string{"127.0.0.1:8080:80/tcp"}}
 }
 
 // filled is a store with an image and a kernel that VMs can be made from.
@@ -124,7 +130,8 @@ func TestRecordJSON(t *testing.T) {
 	must(t, err)
 	want := `{"id":"id0001","name":"vm-0001","state":"creating","slot":1,"image_id":"img","kernel":"debian-cloud","cpus":4,"memory":4294967296,` +
 		`"disk":21474836480,"disk_driver":"reflink","machine_id":"aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa","user":{"name":"ann","uid":1000,"gid":1001},` +
-		`"owner":1000,"remove_on_release":true,"repository":"/src/1","created_at":"2026-11-24T10:30:00.123456789Z","last_error":"no space","ended":"powered off","reboot":true}`
+		`"owner":1000,"remove_on_release":true,"repository":"/src/1","created_at":"2026-11-24T10:30:00.123456789Z","last_error":"no space","ended":"powered off","reboot":true,` +
+		`"network":{"preset":"lan","allow":["github.com:443"],"deny":["10.0.0.0/8"],"publish":["127.0.0.1:8080:80/tcp"]}}`
 	if string(got) != want {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}
@@ -302,6 +309,7 @@ func TestTransition(t *testing.T) {
 	must(t, s.InsertVM(ctx, v))
 	got, err := s.Transition(ctx, v.ID, []State{Creating, Starting}, Stopped, func(v *VM) {
 		v.ID, v.CreatedAt, v.State = "other", time.Time{}, Failed // not its to change
+		v.Network = netwire.Network{Preset: "host"}
 		v.LastError, v.CPUs, v.Repository = "boom", 8, ""
 	})
 	must(t, err)

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"slices"
 	"time"
+
+	"banger/internal/netwire"
 )
 
 // State is where a VM is in its life; package vm has the diagram.
@@ -49,6 +51,10 @@ type VM struct {
 	// Reboot: the guest asked for a reboot that is not carried out yet, and no operation
 	// of a user has come between. It stands from the clean-up to running.
 	Reboot bool `json:"reboot,omitempty"`
+	// Network is changed by SetNetwork alone. NetworkProblem says why it could not be read;
+	// then it is "none".
+	Network        netwire.Network `json:"network"`
+	NetworkProblem string          `json:"-"`
 }
 
 // User is the account made in the guest; no Name leaves the image's accounts alone.
@@ -58,21 +64,32 @@ type User struct {
 	GID  int    `json:"gid"`
 }
 
-const vmColumns = `id, name, state, slot, image, kernel, cpus, memory, disk, disk_driver, machine_id,
+// Transition writes the first; the network has a life of its own.
+const (
+	vmStateColumns = `id, name, state, slot, image, kernel, cpus, memory, disk, disk_driver, machine_id,
 	user_name, user_uid, user_gid, owner, remove_on_release, repository, created_at, last_error, ended, reboot`
+	vmColumns = vmStateColumns + `, network`
+)
 
-// vmPlaces takes vmValues.
-const vmPlaces = `(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
+// vmStatePlaces takes vmStateValues, vmPlaces takes vmValues.
+const (
+	vmStatePlaces = `(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
+	vmPlaces      = `(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
+)
 
 func scanVM(row scanner) (v VM, err error) {
 	var created int64
+	var network string
 	err = row.Scan(&v.ID, &v.Name, &v.State, &v.Slot, &v.ImageID, &v.Kernel, &v.CPUs, &v.Memory, &v.Disk, &v.DiskDriver, &v.MachineID,
-		&v.User.Name, &v.User.UID, &v.User.GID, &v.Owner, &v.RemoveOnRelease, &v.Repository, &created, &v.LastError, &v.Ended, &v.Reboot)
+		&v.User.Name, &v.User.UID, &v.User.GID, &v.Owner, &v.RemoveOnRelease, &v.Repository, &created, &v.LastError, &v.Ended, &v.Reboot, &network)
 	v.CreatedAt = toTime(created)
+	v.Network, v.NetworkProblem = decodeNetwork(network)
 	return v, err
 }
 
-func vmValues(v VM) []any {
+func vmValues(v VM) []any { return append(vmStateValues(v), encodeNetwork(v.Network)) }
+
+func vmStateValues(v VM) []any {
 	return []any{v.ID, v.Name, v.State, v.Slot, v.ImageID, v.Kernel, v.CPUs, v.Memory, v.Disk, v.DiskDriver, v.MachineID,
 		v.User.Name, v.User.UID, v.User.GID, v.Owner, v.RemoveOnRelease, v.Repository, fromTime(v.CreatedAt), v.LastError, v.Ended, v.Reboot}
 }
@@ -144,8 +161,8 @@ func (s *Store) FreeSlot(ctx context.Context) (int, error) {
 // Transition puts a VM that is in one of the states from into the state to, and
 // returns the new record, which is on disk then. from must name to as well where
 // that is no conflict. In the same transaction set, which may be nil, changes other
-// fields: not ID, State and CreatedAt. It must neither block nor call the store, and
-// may be called twice, each time with the record as it was.
+// fields: not ID, State, CreatedAt and Network. It must neither block nor call the store,
+// and may be called twice, each time with the record as it was.
 //
 // It returns a *ConflictError, with the record as it is, when the state is another,
 // ErrNotFound, or an *ExistsError for what set took.
@@ -169,7 +186,8 @@ func (s *Store) Transition(ctx context.Context, id string, from []State, to Stat
 			set(&v)
 		}
 		v.ID, v.CreatedAt, v.State = was.ID, was.CreatedAt, to
-		_, err = tx.ExecContext(ctx, `UPDATE vms SET (`+vmColumns+`) = `+vmPlaces+` WHERE id = ?`, append(vmValues(v), id)...)
+		v.Network, v.NetworkProblem = was.Network, was.NetworkProblem
+		_, err = tx.ExecContext(ctx, `UPDATE vms SET (`+vmStateColumns+`) = `+vmStatePlaces+` WHERE id = ?`, append(vmStateValues(v), id)...)
 		if isForeignKey(err) {
 			return missingReference(ctx, tx, v)
 		}
