@@ -26,6 +26,8 @@ const (
 	consoleOld    = "log/console.1"
 	stderrFile    = "log/vmm.stderr"
 	exitFile      = "log/exit.json"
+
+	networkStderrFile = "log/network.stderr"
 )
 
 // Config is what a shim is told.
@@ -38,6 +40,8 @@ type Config struct {
 	Argv []string `json:"argv"`
 	// Env is complete: nothing is inherited.
 	Env []string `json:"env"`
+	// Network is the VM's network process, nil for a VM that has none.
+	Network *Network `json:"network,omitempty"`
 }
 
 // Process names a process within one boot of the host.
@@ -55,6 +59,9 @@ type Supervised struct {
 	Shim   Process `json:"shim"`
 	// VMM is zero while the shim has not started it yet.
 	VMM Process `json:"vmm"`
+	// Net is the network process that was started last, zero without one. The shim
+	// writes the file again when it has restarted it, if the disk takes it.
+	Net Process `json:"net,omitzero"`
 }
 
 // How a VMM ended.

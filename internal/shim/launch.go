@@ -16,7 +16,8 @@ import (
 
 var errLocked = errors.New("the VM runs already")
 
-// StartError is a VMM that could not be started, in the shim's words.
+// StartError is a VMM, or its network process, that could not be started, in the shim's
+// words.
 type StartError struct {
 	Text string
 	// Errno is the cause, 0 when there is no such number. Unwrap returns it.
@@ -51,6 +52,9 @@ func launch(ctx context.Context, dir, program string, cfg Config) (who Supervise
 	}
 	if len(cfg.Argv) == 0 {
 		return who, errors.New("no command given")
+	}
+	if cfg.Network != nil && !filepath.IsAbs(cfg.Network.Program) {
+		return who, errors.New("no path of the network's program given")
 	}
 	if program, err = filepath.Abs(program); err != nil {
 		return who, err

@@ -412,7 +412,7 @@ func TestFilesOfOtherReleases(t *testing.T) {
 	if e, err := ReadExit(dir); err != nil || e.Code != 4 {
 		t.Errorf("%+v, %v", e, err)
 	}
-	write(processesFile, map[string]any{"version": 9, "shim": map[string]any{"pid": 5, "start_time": 6}, "net": 1})
+	write(processesFile, map[string]any{"version": 9, "shim": map[string]any{"pid": 5, "start_time": 6}, "weather": 1})
 	if p, err := Processes(dir); err != nil || p.Shim != (Process{5, 6}) {
 		t.Errorf("%+v, %v", p, err)
 	}

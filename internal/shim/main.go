@@ -19,8 +19,8 @@ const (
 	reportFD = 4
 )
 
-// drainGrace is how long the shim waits for the end of the VMM's output after the
-// VMM has ended; only a descendant of it can hold the pipes open.
+// drainGrace is how long the shim waits for the end of all output after the VMM has
+// ended; only a descendant of it can hold the pipes open.
 const drainGrace = 2 * time.Second
 
 // Main is the program banger-shim, and returns its exit code. It must be called
@@ -41,7 +41,7 @@ func Main() int {
 	syscall.Umask(0o077)
 	// A core file would hold the guest's memory.
 	_ = syscall.Setrlimit(syscall.RLIMIT_CORE, &syscall.Rlimit{})
-	s := &supervisor{}
+	s := &supervisor{drained: make(chan struct{}, 3)}
 	if err := s.start(); err != nil {
 		s.record(Exit{How: StartFailed, Error: err.Error()})
 		report("error " + strconv.Itoa(int(errnoOf(err))) + " " + err.Error())
@@ -104,12 +104,15 @@ func checkLock() error {
 	return nil
 }
 
-// supervisor is one VMM and its output.
+// supervisor is one VMM, its output, and its network.
 type supervisor struct {
 	console *console
 	stderr  *stderrLog
+	open    int // streams that are drained
 	drained chan struct{}
 	vmm     Process
+	net     *network // nil without one
+	who     Supervised
 
 	mu     sync.Mutex
 	reaped bool // the pid is no longer ours to signal
@@ -133,18 +136,39 @@ func (s *supervisor) start() error {
 		return err
 	}
 	s.console = newConsole(consoleLimit)
-	s.stderr = newStderrLog()
-	who := Supervised{Version: fileVersion, BootID: boot, Shim: self}
-	if err := writeJSON(processesFile, who, false); err != nil {
+	s.stderr = newStderrLog(stderrFile)
+	s.who = Supervised{Version: fileVersion, BootID: boot, Shim: self}
+	if err := writeJSON(processesFile, s.who, false); err != nil {
 		return err
+	}
+	if cfg.Network != nil {
+		if err := s.openNetwork(*cfg.Network); err != nil {
+			return err
+		}
+	}
+	return s.startAll(cfg)
+}
+
+// startAll leaves nothing running when it fails.
+func (s *supervisor) startAll(cfg Config) (err error) {
+	defer func() {
+		if err != nil {
+			s.net.stop()
+		}
+	}()
+	if s.net != nil {
+		if err := s.net.start(); err != nil {
+			return err
+		}
+		s.who.Net = s.net.process
 	}
 	if err := s.fork(cfg); err != nil {
 		return err
 	}
 	s.vmm, err = identify(s.vmm.PID)
 	if err == nil {
-		who.VMM = s.vmm
-		err = writeJSON(processesFile, who, false)
+		s.who.VMM = s.vmm
+		err = writeJSON(processesFile, s.who, false)
 	}
 	if err != nil {
 		_ = syscall.Kill(s.vmm.PID, syscall.SIGKILL)
@@ -158,7 +182,7 @@ func (s *supervisor) start() error {
 func (s *supervisor) fork(cfg Config) error {
 	program, err := lookPath(cfg.Argv[0], cfg.Env)
 	if err != nil {
-		return &StartError{Text: "cannot start " + cfg.Argv[0] + ": " + err.Error(), Errno: errnoOf(err)}
+		return cannotStart(cfg.Argv[0], err)
 	}
 	var out, errs [2]int
 	if err := syscall.Pipe2(out[:], syscall.O_CLOEXEC); err != nil {
@@ -175,13 +199,22 @@ func (s *supervisor) fork(cfg Config) error {
 	_ = syscall.Close(out[1])
 	_ = syscall.Close(errs[1])
 	if err != nil {
-		return &StartError{Text: "cannot start " + cfg.Argv[0] + ": " + err.Error(), Errno: errnoOf(err)}
+		return cannotStart(cfg.Argv[0], err)
 	}
 	s.vmm.PID = pid
-	s.drained = make(chan struct{}, 2)
-	go func() { drain(out[0], s.console, make([]byte, 8<<10)); s.drained <- struct{}{} }()
-	go func() { drain(errs[0], s.stderr, make([]byte, 4<<10)); s.drained <- struct{}{} }()
+	s.drain(out[0], s.console, 8<<10)
+	s.drain(errs[0], s.stderr, 4<<10)
 	return nil
+}
+
+func cannotStart(program string, err error) error {
+	return &StartError{Text: "cannot start " + program + ": " + err.Error(), Errno: errnoOf(err)}
+}
+
+// drain begins to drain fd.
+func (s *supervisor) drain(fd int, into sink, size int) {
+	s.open++
+	go func() { drain(fd, into, make([]byte, size)); s.drained <- struct{}{} }()
 }
 
 // forward passes SIGTERM on and swallows the rest.
@@ -198,8 +231,12 @@ func (s *supervisor) forward(signals <-chan os.Signal) {
 	}
 }
 
-// wait waits for the VMM and the end of its output, and says how it ended.
+// wait waits for the VMM and the end of its output, and says how it ended. Until then
+// it keeps the network, which ends with it.
 func (s *supervisor) wait() Exit {
+	if s.net != nil {
+		s.keepNetwork()
+	}
 	var status syscall.WaitStatus
 	for {
 		// Seen first and reaped under the mutex, so that no signal goes to whoever
@@ -215,12 +252,13 @@ func (s *supervisor) wait() Exit {
 			break
 		}
 	}
+	s.net.stop()
 	grace := time.NewTimer(drainGrace)
-	for open := 2; open > 0; open-- {
+	for ; s.open > 0; s.open-- {
 		select {
 		case <-s.drained:
 		case <-grace.C:
-			open = 0
+			s.open = 0
 		}
 	}
 	if status.Signaled() {
@@ -250,6 +288,9 @@ func (s *supervisor) record(e Exit) {
 	}
 	if s.stderr != nil {
 		e.Stderr = s.stderr.finish()
+	}
+	if s.net != nil {
+		s.net.stderr.finish()
 	}
 	_ = writeJSON(exitFile, e, true)
 }

@@ -139,8 +139,8 @@ func (c *console) last() string {
 	return string(c.end.bytes())
 }
 
-// stderrLog keeps the beginning of the VMM's standard error in the file as it
-// comes, and the end of it at the end.
+// stderrLog keeps the beginning of a standard error in the file as it comes, and the
+// end of it at the end.
 type stderrLog struct {
 	mu    sync.Mutex
 	file  logFile
@@ -148,8 +148,8 @@ type stderrLog struct {
 	end   tail
 }
 
-func newStderrLog() *stderrLog {
-	s := &stderrLog{file: logFile{path: stderrFile}, end: newTail(stderrTail)}
+func newStderrLog(path string) *stderrLog {
+	s := &stderrLog{file: logFile{path: path}, end: newTail(stderrTail)}
 	s.file.open(syscall.O_TRUNC)
 	return s
 }

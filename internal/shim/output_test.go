@@ -77,7 +77,7 @@ func TestStderrLengths(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, n := range []int{0, 1, stderrHead - 1, stderrHead, stderrHead + 1, stderrHead + stderrTail} {
-		s := newStderrLog()
+		s := newStderrLog(stderrFile)
 		text := strings.Repeat("abcdefghij", n/10+1)[:n]
 		for p := []byte(text); len(p) > 0; p = p[min(len(p), 1000):] {
 			s.put(p[:min(len(p), 1000)])

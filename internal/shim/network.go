@@ -1,0 +1,158 @@
+package shim
+
+import (
+	"syscall"
+	"time"
+)
+
+// Network is the process that carries the VM's network, banger-net. It runs as long
+// as the VM: the shim starts it before the VMM and again whenever it ends.
+type Network struct {
+	// Program is an absolute path. The shim holds the file open from its start on, so
+	// that a restart is the same program although the file was removed.
+	Program string `json:"program"`
+	// Argv is complete; empty is its name alone.
+	Argv []string `json:"argv,omitempty"`
+	// Env is complete: nothing is inherited.
+	Env []string `json:"env,omitempty"`
+}
+
+const networkName = "banger-net"
+
+// The pauses before a restart.
+const (
+	firstPause = 10 * time.Millisecond
+	lastPause  = time.Second
+	// briefly is a life that is not worth a restart at once.
+	briefly = time.Second
+	// settled is a life after which all before it is forgotten.
+	settled = 10 * time.Second
+)
+
+// pauses is the next pause; zero after a life that was long enough.
+type pauses time.Duration
+
+// after is how long to wait before the restart of a process that lived for so long.
+// There is no last restart: a VM without its network is worth a try a second.
+func (p *pauses) after(lived time.Duration) time.Duration {
+	if lived >= settled {
+		*p = 0
+	}
+	pause := time.Duration(*p)
+	if pause == 0 && lived < briefly {
+		pause = firstPause
+	}
+	*p = pauses(min(max(2*pause, firstPause), lastPause))
+	return pause
+}
+
+// network is banger-net's process. All of it is the first thread's, which forks,
+// signals and reaps: so no signal goes to whoever gets the pid next.
+type network struct {
+	cfg     Network
+	program int // the file, open
+	stderr  *stderrLog
+	errs    int // where standard error is written to, by one process after the other
+	process Process
+	ended   <-chan struct{} // nil while none runs
+	since   time.Time
+	pauses  pauses
+	stopped bool
+}
+
+// openNetwork starts nothing yet.
+func (s *supervisor) openNetwork(cfg Network) error {
+	if len(cfg.Argv) == 0 {
+		cfg.Argv = []string{networkName}
+	}
+	program, err := syscall.Open(cfg.Program, syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
+	if err != nil {
+		return cannotStart(networkName, err)
+	}
+	var errs [2]int
+	if err := syscall.Pipe2(errs[:], syscall.O_CLOEXEC); err != nil {
+		return err
+	}
+	s.net = &network{cfg: cfg, program: program, stderr: newStderrLog(networkStderrFile), errs: errs[1]}
+	s.drain(errs[0], s.net.stderr, 4<<10)
+	return nil
+}
+
+// start forks banger-net, with /dev/null as standard input and output. Its descriptor
+// 3 is its own program, to be exec'd by that number: what the child inherits under a
+// number that it is not told may be another file by then. It has not the lock, which
+// says that the VMM lives, not the network.
+func (n *network) start() error {
+	pid, err := syscall.ForkExec("/proc/self/fd/3", n.cfg.Argv, &syscall.ProcAttr{
+		Env:   n.cfg.Env,
+		Files: []uintptr{0, 1, uintptr(n.errs), uintptr(n.program)},
+		Sys:   &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL},
+	})
+	if err != nil {
+		return cannotStart(networkName, err)
+	}
+	n.since = time.Now()
+	n.ended = childEnd(pid)
+	n.process, err = identify(pid)
+	if err != nil {
+		n.process.PID = pid // still to be killed and reaped
+	}
+	return err
+}
+
+// keepNetwork restarts banger-net until the VMM has ended. It stays on the first
+// thread, as must whoever forks.
+func (s *supervisor) keepNetwork() {
+	vmm := childEnd(s.vmm.PID)
+	var restart <-chan time.Time
+	for {
+		select {
+		case <-vmm:
+			return
+		case <-s.net.ended:
+			s.net.reap()
+			restart = time.After(s.net.pauses.after(time.Since(s.net.since)))
+		case <-restart:
+			restart = nil
+			if err := s.net.start(); err != nil && s.net.ended == nil {
+				restart = time.After(s.net.pauses.after(0))
+				continue
+			}
+			s.who.Net = s.net.process
+			_ = writeJSON(processesFile, s.who, false) // on a full disk the old one stays
+		}
+	}
+}
+
+func (n *network) reap() {
+	for {
+		if _, err := syscall.Wait4(n.process.PID, nil, 0, nil); err != syscall.EINTR {
+			break
+		}
+	}
+	n.ended = nil
+}
+
+// stop ends banger-net for good. Without one, and the second time, it does nothing.
+func (n *network) stop() {
+	if n == nil || n.stopped {
+		return
+	}
+	n.stopped = true
+	if n.ended != nil {
+		_ = syscall.Kill(n.process.PID, syscall.SIGKILL)
+		n.reap()
+	}
+	_ = syscall.Close(n.errs)
+}
+
+// childEnd is closed when a child has ended. The child is left to be reaped.
+func childEnd(pid int) <-chan struct{} {
+	ended := make(chan struct{})
+	go func() {
+		for waitZombie(pid) == syscall.EINTR {
+		}
+		close(ended)
+	}()
+	return ended
+}
