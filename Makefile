@@ -20,8 +20,8 @@ build: bin/banger bin/bangerd ## bin/banger and bin/bangerd, static
 # All are built each time: go knows what has changed.
 bin/banger: toolchain
 	@$(GO) build -ldflags '-s -w' -o $@ ./cmd/banger
-# The guest and shim programs are embedded in bangerd.
-bin/bangerd: $(PROGRAMS)/banger-shim $(PROGRAMS)/banger-guest toolchain
+# What bangerd runs, and the guest, is embedded in bangerd.
+bin/bangerd: $(PROGRAMS)/banger-shim $(PROGRAMS)/banger-guest $(PROGRAMS)/banger-net toolchain
 	@$(GO) build -ldflags '-s -w' -o $@ ./cmd/bangerd
 $(PROGRAMS)/%: toolchain
 	@$(GO) build -ldflags '-s -w' -o $@ ./cmd/$*
@@ -54,4 +54,4 @@ deps: ## install what is missing (as root), or print the one command that does
 	@test/deps.sh
 
 clean: ## remove what was built here
-	rm -rf bin $(PROGRAMS)/banger-shim $(PROGRAMS)/banger-guest
+	rm -rf bin $(PROGRAMS)/banger-shim $(PROGRAMS)/banger-guest $(PROGRAMS)/banger-net

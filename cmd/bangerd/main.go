@@ -10,8 +10,8 @@ import (
 	"banger/internal/cli"
 )
 
-// embedded holds banger-shim and banger-guest once they are built; before, a
-// placeholder, so that go vet works in a fresh clone.
+// embedded holds banger-shim, banger-guest and banger-net once they are built; before,
+// a placeholder, so that go vet works in a fresh clone.
 //
 //go:embed all:programs
 var embedded embed.FS

@@ -79,7 +79,8 @@ func readyPipe() func(readiness) {
 	}
 }
 
-// DaemonMain is what bangerd is. programs holds banger-shim and banger-guest at its top.
+// DaemonMain is what bangerd is. programs holds banger-shim, banger-guest and banger-net
+// at its top.
 func DaemonMain(args []string, stdout, stderr io.Writer, programs fs.FS, opts ...daemon.Option) int {
 	return runDaemon(args, stdout, stderr, func(ctx context.Context) (server, error) {
 		version, _ := buildVersion()

@@ -39,8 +39,8 @@ func (l Layout) VMs() string { return l.at("vms") }
 // Nothing in it is ever deleted by banger.
 func (l Layout) Lost() string { return l.at("lost") }
 
-// Programs holds banger-shim and banger-guest as unpacked from the daemon, in a
-// directory named after their hash. The daemon removes those of others.
+// Programs holds banger-shim, banger-guest and banger-net as unpacked from the daemon,
+// in a directory named after their hash. The daemon removes those of others.
 func (l Layout) Programs() string { return l.at("programs") }
 
 // Program is the directory of the programs with a hash.

@@ -85,6 +85,7 @@ func testOptions(t *testing.T, layout config.Layout) []Option {
 	programs := fstest.MapFS{
 		"banger-shim":  {Data: []byte("no program")},
 		"banger-guest": {Data: []byte("no program")},
+		"banger-net":   {Data: []byte("no program")},
 	}
 	return []Option{
 		WithLayout(layout), WithPrograms(programs), WithHost(fakeHost(t).Drivers()),

@@ -38,7 +38,7 @@ func WithBuild(b Build) Option { return func(o *options) { o.build = b } }
 // WithLayout takes the state directory from the caller instead of the environment.
 func WithLayout(l config.Layout) Option { return func(o *options) { o.layout = &l } }
 
-// WithPrograms gives banger-shim and banger-guest, at the top of programs.
+// WithPrograms gives banger-shim, banger-guest and banger-net, at the top of programs.
 func WithPrograms(programs fs.FS) Option { return func(o *options) { o.programs = programs } }
 
 // WithLogger takes the log from the caller instead of bangerd.log.

@@ -20,7 +20,7 @@ import (
 // next start of a VM tries again: stop and remove need none of them, and make room.
 func unpackPrograms(l config.Layout, programs fs.FS) (vm.Programs, error) {
 	hash := sha256.New()
-	names := []string{"banger-shim", "banger-guest"}
+	names := []string{"banger-shim", "banger-guest", "banger-net"}
 	for _, name := range names {
 		content, err := []byte(nil), fs.ErrNotExist
 		if programs != nil {
@@ -56,11 +56,13 @@ func unpackPrograms(l config.Layout, programs fs.FS) (vm.Programs, error) {
 	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
 		err = nil
 	}
-	return vm.Programs{Shim: filepath.Join(dir, names[0]), Guest: filepath.Join(dir, names[1]), Unpack: unpack}, err
+	return vm.Programs{
+		Shim: filepath.Join(dir, names[0]), Guest: filepath.Join(dir, names[1]), Net: filepath.Join(dir, names[2]), Unpack: unpack,
+	}, err
 }
 
 // removeOthers removes the programs of other releases. A shim that runs needs its file
-// no more.
+// no more, and holds that of banger-net open.
 func removeOthers(dir string) error {
 	all, err := os.ReadDir(filepath.Dir(dir))
 	if err != nil {

@@ -152,8 +152,11 @@ func newWorld(t *testing.T) *world {
 		}
 	}
 	// The fake VMM boots no guest: what it is given for /init is never run.
-	if err := os.WriteFile(filepath.Join(w.programs, "banger-guest"), []byte("no program"), 0o755); err != nil {
-		t.Fatal(err)
+	// Nor has the fake VMM a card: its network does nothing, for ever.
+	for name, content := range map[string]string{"banger-guest": "no program", "banger-net": "#!/bin/sh\nexec sleep 1000000\n"} {
+		if err := os.WriteFile(filepath.Join(w.programs, name), []byte(content), 0o755); err != nil {
+			t.Fatal(err)
+		}
 	}
 	w.makeRepository(t)
 	t.Cleanup(func() { // of a test that failed

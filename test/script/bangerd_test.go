@@ -80,9 +80,12 @@ func buildPrograms(t *testing.T) string {
 			t.Fatalf("cannot build %s: %v\n%s", pkg, err, out)
 		}
 	}
-	// No guest boots here; the initramfs is made of it all the same.
-	if err := os.WriteFile(filepath.Join(dir, "banger-guest"), []byte("#!/bin/false\n"), 0o755); err != nil {
-		t.Fatal(err)
+	// No guest boots here; the initramfs is made of it all the same. The fake VMM has no
+	// card, so its network does nothing, for ever.
+	for name, content := range map[string]string{"banger-guest": "#!/bin/false\n", "banger-net": "#!/bin/sh\nexec sleep 1000000\n"} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o755); err != nil {
+			t.Fatal(err)
+		}
 	}
 	return dir
 }

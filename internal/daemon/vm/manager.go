@@ -43,6 +43,7 @@ type Workspaces interface {
 type Programs struct {
 	Shim  string // banger-shim
 	Guest string // banger-guest, which becomes /init
+	Net   string // banger-net
 	// Unpack makes them if they are not there; nil if they are.
 	Unpack func() error
 }
