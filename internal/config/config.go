@@ -31,8 +31,9 @@ type Config struct {
 	Image    string // "debian-bookworm"
 	Kernel   string // "debian-cloud"; what kernel pull gets when none is named
 	CPUs     int
-	Memory   int64 // bytes, a multiple of 1 MiB
-	Disk     int64 // bytes, a multiple of 1 MiB
+	Memory   int64  // bytes, a multiple of 1 MiB
+	Disk     int64  // bytes, a multiple of 1 MiB
+	Network  string // "internet"; a preset of package netpolicy
 	LogLevel slog.Level
 	KVM      KVM
 }
@@ -62,7 +63,7 @@ func ThisHost() (Host, error) {
 }
 
 // Default is the configuration of a host without config.toml: min(4, host) CPUs,
-// min(4 GiB, a quarter of the host) of memory, a disk of 20 GiB.
+// min(4 GiB, a quarter of the host) of memory, a disk of 20 GiB, and the public internet.
 func Default(h Host) Config {
 	memory := max(min(4<<30, h.Memory/4), MinMemory)
 	return Config{
@@ -71,6 +72,7 @@ func Default(h Host) Config {
 		CPUs:     max(min(4, h.CPUs), 1),
 		Memory:   memory &^ (1<<20 - 1),
 		Disk:     20 << 30,
+		Network:  "internet",
 		LogLevel: slog.LevelInfo,
 		KVM:      KVMAuto,
 	}
@@ -111,20 +113,21 @@ func Load(h Host) (Config, error) {
 // file is config.toml. It is decoded as far as TOML's own types go, then with the
 // values checked: the decoder hands any type to UnmarshalText, and does not say on
 // which line.
-type file[M, D, L, K any] struct {
+type file[M, D, N, L, K any] struct {
 	Image    *string `toml:"image"`
 	Kernel   *string `toml:"kernel"`
 	CPUs     *int    `toml:"cpus"`
 	Memory   *M      `toml:"memory"`
 	Disk     *D      `toml:"disk"`
+	Network  *N      `toml:"network"`
 	LogLevel *L      `toml:"log_level"`
 	KVM      *K      `toml:"kvm"`
 }
 
 // Parse reads the contents of a config.toml over the defaults of h; path is for messages.
 func Parse(path string, data []byte, h Host) (Config, error) {
-	var f file[memory, disk, level, kvmMode]
-	for _, into := range []any{&file[string, string, string, string]{}, &f} {
+	var f file[memory, disk, preset, level, kvmMode]
+	for _, into := range []any{&file[string, string, string, string, string]{}, &f} {
 		if err := toml.NewDecoder(bytes.NewReader(data)).DisallowUnknownFields().Decode(into); err != nil {
 			return Config{}, describe(path, err)
 		}
@@ -138,6 +141,9 @@ func Parse(path string, data []byte, h Host) (Config, error) {
 	}
 	if f.Disk != nil {
 		c.Disk = f.Disk.bytes
+	}
+	if f.Network != nil {
+		c.Network = f.Network.name
 	}
 	if f.LogLevel != nil {
 		c.LogLevel = f.LogLevel.level
@@ -193,6 +199,7 @@ func describe(path string, err error) error {
 type (
 	memory  struct{ bytes int64 }
 	disk    struct{ bytes int64 }
+	preset  struct{ name string }
 	level   struct{ level slog.Level }
 	kvmMode struct{ value KVM }
 )
@@ -209,6 +216,16 @@ func (d *disk) UnmarshalText(b []byte) (err error) {
 		return err
 	}
 	return ValidateDisk(d.bytes)
+}
+
+func (p *preset) UnmarshalText(b []byte) error {
+	switch s := string(b); s {
+	case "none", "internet", "lan", "host": // a test in package daemon holds them against netpolicy
+		p.name = s
+		return nil
+	default:
+		return fmt.Errorf("%q is none of none, internet, lan, host", s)
+	}
 }
 
 func (l *level) UnmarshalText(b []byte) error {

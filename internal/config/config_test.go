@@ -51,13 +51,14 @@ image = "alpine"
 cpus = 8
 memory = "1.5G"
 disk = "100GiB"
+network = "lan"
 log_level = "debug"
 kvm = "off"
 `), testHost)
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := Config{Image: "alpine", Kernel: "debian-cloud", CPUs: 8, Memory: 1536 << 20, Disk: 100 << 30, LogLevel: slog.LevelDebug, KVM: KVMOff}
+	want := Config{Image: "alpine", Kernel: "debian-cloud", CPUs: 8, Memory: 1536 << 20, Disk: 100 << 30, Network: "lan", LogLevel: slog.LevelDebug, KVM: KVMOff}
 	if d := cmp.Diff(want, got); d != "" {
 		t.Error(d)
 	}
@@ -77,6 +78,7 @@ func TestParseNamesFileLineAndKey(t *testing.T) {
 		{"cpus = \"two\"\n", `c.toml:1: cpus: `},
 		{"cpus = 0\n", `c.toml: cpus: a VM has from 1 to 255 CPUs`},
 		{"kvm = \"on\"\n", `c.toml:1: kvm: "on" is none of auto, off`},
+		{"network = \"wan\"\n", `c.toml:1: network: "wan" is none of none, internet, lan, host`},
 		{"log_level = \"loud\"\n", `c.toml:1: log_level: `},
 		{"image = \"\"\n", `c.toml: image and kernel`},
 		{"image = \"x\n", `c.toml:1: `},
