@@ -58,6 +58,15 @@ type Spec struct {
 	Kernel string
 	Initrd string
 	Disks  []DiskSpec
+	NIC    *NIC // nil for a VM without a network card
+}
+
+// NIC is one virtio network card. The VMM listens on Socket, a Unix stream socket, for
+// who carries the frames: each has its length before it, 4 bytes, big endian. That one
+// may go and another come; the guest's card keeps its carrier.
+type NIC struct {
+	MAC    string
+	Socket string
 }
 
 // DiskSpec is one virtio disk.

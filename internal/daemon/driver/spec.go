@@ -1,8 +1,10 @@
 package driver
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"net"
 	"path/filepath"
 	"strings"
 )
@@ -39,7 +41,21 @@ func (s Spec) Validate() error {
 		}
 		serials[d.Serial] = true
 	}
+	if s.NIC != nil {
+		if err := s.NIC.validate(); err != nil {
+			return fmt.Errorf("its network card: %w", err)
+		}
+	}
 	return nil
+}
+
+func (n NIC) validate() error {
+	const group = 1 // the bit of the first byte that makes an address multicast, IEEE 802-2014, 8.2.2
+	mac, err := net.ParseMAC(n.MAC)
+	if err != nil || len(mac) != 6 || mac[0]&group != 0 || bytes.Equal(mac, make([]byte, 6)) {
+		return fmt.Errorf("%q is no address of a network card", n.MAC)
+	}
+	return inside(n.Socket)
 }
 
 func (d DiskSpec) validate() error {

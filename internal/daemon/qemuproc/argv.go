@@ -17,7 +17,7 @@ const (
 	minMemory = 128 << 20
 	mib       = 1 << 20
 	// microvm has 8 virtio-mmio slots (the interrupts 16 to 23, see
-	// hw/i386/microvm.c); serial and rng take two, and one is kept for a NIC.
+	// hw/i386/microvm.c); serial, rng and the network card take three.
 	maxDisks = 5
 
 	// tbSize bounds TCG's cache of translated code, in MiB. Without a bound QEMU takes
@@ -74,7 +74,19 @@ func argv(spec driver.Spec, s setup) ([]string, error) {
 	for i, d := range spec.Disks {
 		args = append(args, disk("disk"+strconv.Itoa(i), d)...)
 	}
+	if spec.NIC != nil {
+		args = append(args, nic(*spec.NIC)...)
+	}
 	return args, nil
+}
+
+// nic listens and is dialled, not the other way round: a QEMU that dials does not dial
+// again before 8.0, and the network's process may be started anew at any time.
+func nic(n driver.NIC) []string {
+	return []string{
+		"-netdev", "stream,id=net0,server=on,addr.type=unix,addr.path=" + escape(n.Socket),
+		"-device", "virtio-net-device,netdev=net0,mac=" + escape(n.MAC),
+	}
 }
 
 // disk is one node of the file, one of the format, and the device.

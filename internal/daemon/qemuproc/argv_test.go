@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"banger/internal/config"
+	"banger/internal/daemon/check"
 	"banger/internal/daemon/driver"
 )
 
@@ -23,6 +24,7 @@ func exampleSpec() driver.Spec {
 			{Serial: "banger-root", Path: "disk", Format: "raw"},
 			{Serial: "banger-modules", Path: "run/modules", Format: "raw", ReadOnly: true},
 		},
+		NIC: &driver.NIC{MAC: "02:ba:6e:01:02:03", Socket: "run/net.sock"},
 	}
 }
 
@@ -55,10 +57,14 @@ func TestGoldenArgv(t *testing.T) {
 	odd := exampleSpec()
 	odd.Name = "a,b"
 	odd.Disks = []driver.DiskSpec{{Serial: "s,1", Path: "di,sk", Format: "qcow2"}}
+	odd.NIC.Socket = "run/n,et.sock"
+	alone := exampleSpec()
+	alone.NIC = nil
 	for name, c := range map[string]struct {
 		spec  driver.Spec
 		setup setup
 	}{
+		"no-nic":     {alone, exampleSetup()},
 		"tcg":        {exampleSpec(), exampleSetup()},
 		"kvm":        {exampleSpec(), kvm},
 		"no-seccomp": {exampleSpec(), plain},
@@ -105,6 +111,13 @@ func TestSpecsThatAreRefused(t *testing.T) {
 		"no serial":         {func(s *driver.Spec) { s.Disks[0].Serial = "" }, "1 to 20 bytes"},
 		"serial of 21":      {func(s *driver.Spec) { s.Disks[0].Serial = strings.Repeat("s", 21) }, "1 to 20 bytes"},
 		"one serial twice":  {func(s *driver.Spec) { s.Disks[1].Serial = s.Disks[0].Serial }, "two of it"},
+		"no mac":            {func(s *driver.Spec) { s.NIC.MAC = "" }, "network card"},
+		"multicast mac":     {func(s *driver.Spec) { s.NIC.MAC = "03:ba:6e:00:00:02" }, "network card"},
+		"zero mac":          {func(s *driver.Spec) { s.NIC.MAC = "00:00:00:00:00:00" }, "network card"},
+		"mac of 8 bytes":    {func(s *driver.Spec) { s.NIC.MAC = "02:00:00:00:00:00:00:01" }, "network card"},
+		"mac with options":  {func(s *driver.Spec) { s.NIC.MAC += ",mq=on" }, "network card"},
+		"no net socket":     {func(s *driver.Spec) { s.NIC.Socket = "" }, "network card"},
+		"net socket above":  {func(s *driver.Spec) { s.NIC.Socket = "../net.sock" }, "below the VM's directory"},
 		"more than 5 disks": {func(s *driver.Spec) { s.Disks = make([]driver.DiskSpec, 6) }, "6 disks"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -222,6 +235,35 @@ func TestSourcesOfTSCAgree(t *testing.T) {
 	}
 	if want := bogomipsKHz(string(data)); want != 0 && got != want {
 		t.Errorf("measured %d kHz, bogomips say %d kHz", got, want)
+	}
+}
+
+func TestVersionsCompare(t *testing.T) {
+	for version, want := range map[string]bool{
+		"6.2.0": false, "7.1.94": false, "7.2": true, "7.2.0": true, "7.2.22": true, "7.10": true, "8.0": true, "10.0.2": true,
+		"2.11": false, "": false, "7": false,
+	} {
+		if got := atLeast(version, streamMajor, streamMinor); got != want {
+			t.Errorf("%q: %v", version, got)
+		}
+	}
+}
+
+// A QEMU that is too old says so before anything is asked of its machines.
+func TestOldQEMU(t *testing.T) {
+	program := filepath.Join(t.TempDir(), "qemu")
+	script := "#!/bin/sh\necho 'QEMU emulator version 6.2.0 (Debian 1:6.2+dfsg-2ubuntu6)'\n"
+	if err := os.WriteFile(program, []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv(ProgramEnv, program)
+	_, err := New(config.KVMAuto).Probe(t.Context())
+	if err == nil || !strings.Contains(err.Error(), "QEMU 6.2.0") || !strings.Contains(err.Error(), "needs 7.2 or newer") {
+		t.Errorf("error %v", err)
+	}
+	found := Checks(config.KVMAuto)[0].Probe(t.Context())
+	if found.Result != check.Fail || !strings.Contains(found.Text, "has no -netdev stream") {
+		t.Errorf("doctor finds %+v", found)
 	}
 }
 

@@ -18,6 +18,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 
@@ -62,7 +63,7 @@ func New(kvm config.KVM) *VMM { return &VMM{kvm: kvm} }
 func (v *VMM) Name() string { return "qemu" }
 
 // Probe runs QEMU for its version and looks at KVM. Without a QEMU that has the
-// microvm machine the error says what to install.
+// microvm machine and the network's back end the error says what is missing.
 func (v *VMM) Probe(ctx context.Context) (driver.Ability, error) {
 	s, err := probe(ctx, v.kvm)
 	if err != nil {
@@ -99,6 +100,10 @@ func probe(ctx context.Context, kvm config.KVM) (setup, error) {
 	}
 	if s.Version, err = parseVersion(out); err != nil {
 		return setup{}, fmt.Errorf("%s: %w", program, err)
+	}
+	if !atLeast(s.Version, streamMajor, streamMinor) {
+		return setup{}, fmt.Errorf("QEMU %s (%s) has no -netdev stream: the network needs %d.%d or newer",
+			s.Version, program, streamMajor, streamMinor)
 	}
 	machines, err := run(ctx, program, "-machine", "help")
 	if err != nil {
@@ -151,6 +156,22 @@ func parseVersion(out string) (string, error) {
 		return "", fmt.Errorf("this is no QEMU: it says %.80q of its version", out)
 	}
 	return m[1], nil
+}
+
+// streamMajor and streamMinor are the version that brought -netdev stream, see
+// https://wiki.qemu.org/ChangeLog/7.2.
+const (
+	streamMajor = 7
+	streamMinor = 2
+)
+
+// atLeast compares a version of parseVersion.
+func atLeast(version string, major, minor int) bool {
+	first, rest, _ := strings.Cut(version, ".")
+	second, _, _ := strings.Cut(rest, ".")
+	x, err1 := strconv.Atoi(first)
+	y, err2 := strconv.Atoi(second)
+	return err1 == nil && err2 == nil && (x > major || x == major && y >= minor)
 }
 
 // hasMachine reads the table of "-machine help": a name, spaces, a description.

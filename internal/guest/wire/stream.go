@@ -71,10 +71,10 @@ func (s *Stream) CloseOn(ctx context.Context) (stop func() bool) {
 }
 
 // FromHost says whether a host may send frames of this kind.
-func (k Kind) FromHost() bool { return k >= KindRequest && k <= KindSignal }
+func (k Kind) FromHost() bool { return k >= KindRequest && k <= KindStdoutAck }
 
 // FromGuest says whether a guest may send frames of this kind.
-func (k Kind) FromGuest() bool { return k >= KindStarted && k <= KindStdinAck }
+func (k Kind) FromGuest() bool { return k >= KindStarted && k <= KindStdoutEOF }
 
 // Last says whether a frame of this kind ends the stream.
 func (k Kind) Last() bool { return k == KindReply || k == KindExit || k == KindError }
@@ -86,9 +86,9 @@ func Sanitize(kind Kind, payload []byte) ([]byte, error) {
 	switch kind {
 	case KindStdin, KindStdout, KindStderr:
 		return payload, nil
-	case KindStdinEOF:
+	case KindStdinEOF, KindStdoutEOF:
 		return nil, nil
-	case KindStdinAck:
+	case KindStdinAck, KindStdoutAck:
 		if len(payload) != 4 {
 			return nil, fmt.Errorf("acknowledgement of %d bytes instead of 4", len(payload))
 		}

@@ -56,6 +56,8 @@ type Config struct {
 	// KernelModules is the serial of a disk that is mounted read-only on
 	// /lib/modules/RELEASE, empty for none.
 	KernelModules string `json:"kernel_modules,omitempty"`
+	// Network is nil for a guest with its loopback only.
+	Network *Network `json:"network,omitempty"`
 	// WallClock is the host's time at the start of the boot, nanoseconds since 1970.
 	WallClock int64 `json:"wall_clock"`
 }
@@ -89,6 +91,8 @@ const (
 	OpTar      = "tar"      // Stdout (a tar), last Exit
 	OpShutdown = "shutdown" // Reply at once, then the guest goes down
 	OpClock    = "clock"    // sets the wall clock; Reply
+	OpDial     = "dial"     // Started, then bytes both ways, last Exit: see Dial
+	OpPorts    = "ports"    // Reply: Ports
 )
 
 // Request is the payload of the first frame of a stream, as JSON.
@@ -99,6 +103,7 @@ type Request struct {
 	Tree     *Tree     `json:"tree,omitempty"`
 	Shutdown *Shutdown `json:"shutdown,omitempty"`
 	Clock    *Clock    `json:"clock,omitempty"`
+	Dial     *Dial     `json:"dial,omitempty"`
 	// Acks asks for KindStdinAck frames. The host then never has more than
 	// StdinWindow bytes of stdin under way that were not acknowledged (a guest ends a
 	// stream that exceeds it), and so the guest can always read on: a signal, or the
@@ -198,12 +203,13 @@ func (e *Error) Error() string { return e.Message }
 const (
 	ErrInvalid       = "invalid"
 	ErrUnknownOp     = "unknown_op"
-	ErrNotFound      = "not_found"      // the command does not exist: exit code 127
+	ErrNotFound      = "not_found"      // the command, or the socket, does not exist: exit code 127
 	ErrNotExecutable = "not_executable" // it cannot be executed: exit code 126
 	ErrNoUser        = "no_user"
 	ErrNoDir         = "no_dir" // Exec.Dir does not exist
 	ErrInternal      = "internal"
 	ErrOverloaded    = "overloaded"
+	ErrRefused       = "refused" // nothing listens at Dial.Address
 )
 
 // Kind is the first byte of a frame.
@@ -211,16 +217,18 @@ type Kind byte
 
 // The kinds of frames. Data kinds carry bytes, the others JSON or nothing.
 const (
-	KindRequest  Kind = 1  // host: Request
-	KindStdin    Kind = 2  // host: bytes
-	KindStdinEOF Kind = 3  // host: empty; stdin is closed, the rest goes on
-	KindResize   Kind = 4  // host: Resize
-	KindSignal   Kind = 5  // host: Signal
-	KindStarted  Kind = 16 // guest: Started
-	KindStdout   Kind = 17 // guest: bytes
-	KindStderr   Kind = 18 // guest: bytes
-	KindReply    Kind = 19 // guest, last: the reply of the operation
-	KindExit     Kind = 20 // guest, last: Exit
-	KindError    Kind = 21 // guest, last: Error
-	KindStdinAck Kind = 22 // guest: 4 bytes, big endian: so many more bytes of stdin were taken
+	KindRequest   Kind = 1  // host: Request
+	KindStdin     Kind = 2  // host: bytes
+	KindStdinEOF  Kind = 3  // host: empty; stdin is closed, the rest goes on
+	KindResize    Kind = 4  // host: Resize
+	KindSignal    Kind = 5  // host: Signal
+	KindStdoutAck Kind = 6  // host: 4 bytes, big endian: so many more bytes of a Dial's stdout were taken
+	KindStarted   Kind = 16 // guest: Started
+	KindStdout    Kind = 17 // guest: bytes
+	KindStderr    Kind = 18 // guest: bytes
+	KindReply     Kind = 19 // guest, last: the reply of the operation
+	KindExit      Kind = 20 // guest, last: Exit
+	KindError     Kind = 21 // guest, last: Error
+	KindStdinAck  Kind = 22 // guest: 4 bytes, big endian: so many more bytes of stdin were taken
+	KindStdoutEOF Kind = 23 // guest: empty; the service of a Dial sends no more
 )

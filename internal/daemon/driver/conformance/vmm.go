@@ -122,6 +122,8 @@ func testRefusals(t *testing.T, h VMMHost) {
 		"initrd outside":   func(s *driver.Spec) { s.Initrd = "../" + s.Initrd },
 		"long serial":      func(s *driver.Spec) { s.Disks[0].Serial = strings.Repeat("x", 21) },
 		"unknown format":   func(s *driver.Spec) { s.Disks[0].Format = "vmdk" },
+		"multicast MAC":    func(s *driver.Spec) { s.NIC = &driver.NIC{MAC: "01:00:5e:00:00:01", Socket: "run/net.sock"} },
+		"absolute socket":  func(s *driver.Spec) { s.NIC = &driver.NIC{MAC: "02:ba:6e:00:00:02", Socket: "/net.sock"} },
 	} {
 		spec := h.Prepare(t, t.TempDir())
 		spec.Disks = slices.Clone(spec.Disks)
