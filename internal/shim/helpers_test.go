@@ -16,7 +16,7 @@ import (
 	"time"
 )
 
-// The test binary plays the daemon and the VMM too: roleEnv says which.
+// The test binary plays the daemon, the VMM and the network too: roleEnv says which.
 const (
 	roleEnv  = "BANGER_SHIM_TEST_ROLE"
 	programs = "BANGER_SHIM_TEST_PROGRAM"
@@ -34,6 +34,8 @@ func TestMain(m *testing.M) {
 		playDaemon(os.Args[1], os.Args[2:])
 	case "vmm":
 		syscall.Exit(playVMM(os.Args[1:]))
+	case "net":
+		syscall.Exit(playNetwork(os.Args[1]))
 	}
 }
 
@@ -123,8 +125,20 @@ func playVMM(args []string) int {
 		}
 		<-c
 		return 7
+	case "deaf": // SIGTERM makes a file "heard"
+		hear("heard")
 	}
 	return 0
+}
+
+// hear runs for ever and makes a file of each SIGTERM.
+func hear(file string) {
+	c := make(chan os.Signal, 1)
+	signal.Notify(c, syscall.SIGTERM)
+	os.Stdout.WriteString("ready\n")
+	for range c {
+		_ = os.WriteFile(file, nil, 0o600)
+	}
 }
 
 func spamLine(i int) string { return fmt.Sprintf("line %07d of what a guest may write\n", i) }

@@ -435,6 +435,11 @@ func TestResidentSet(t *testing.T) {
 		data, _ := os.ReadFile(filepath.Join(dir, consoleFile))
 		return len(data) > 0
 	})
+	checkResidentSet(t, s)
+}
+
+func checkResidentSet(t *testing.T, s Supervised) {
+	t.Helper()
 	status, err := os.ReadFile("/proc/" + strconv.Itoa(s.Shim.PID) + "/status")
 	if err != nil {
 		t.Fatal(err)
