@@ -70,15 +70,21 @@ func startQMP(ctx context.Context, conn net.Conn) (*qmp, error) {
 	return q, nil
 }
 
+// greet waits for the greeting. An event of the very moment of connecting, of the
+// network's process say, may come before it.
 func (q *qmp) greet() error {
-	r, err := q.read()
-	if err != nil {
-		return err
+	for range maxLines {
+		r, err := q.read()
+		switch {
+		case err != nil:
+			return err
+		case r.Greeting != nil:
+			return q.exchange("qmp_capabilities", nil)
+		case r.Event == "":
+			return errors.New("QEMU did not greet")
+		}
 	}
-	if r.Greeting == nil {
-		return errors.New("QEMU did not greet")
-	}
-	return q.exchange("qmp_capabilities", nil)
+	return fmt.Errorf("QEMU did not greet in %d lines", maxLines)
 }
 
 // explain puts ctx's error in the place of the broken connection that it led to.

@@ -50,6 +50,8 @@ func TestQMPConversation(t *testing.T) {
 	}{
 		{"plain", greeting, []string{done, `{"return": {"status": "running"}, "id": %d}` + "\n"}, ""},
 		{"events between", greeting, []string{event + done, event + event + `{"return": {"status": "running"}, "id": %d}` + "\n" + event}, ""},
+		{"events first", event + event + greeting, []string{done, `{"return": {"status": "running"}, "id": %d}` + "\n"}, ""},
+		{"events only", strings.Repeat(event, maxLines+1), nil, "did not greet in"},
 		{"replies to others", greeting, []string{done, `{"return": {"status": "x"}, "id": 99}` + "\n" + `{"return": {"status": "running"}, "id": %d}` + "\n"}, ""},
 		{"a long line", greeting, []string{done, `{"event": "X", "data": "` + strings.Repeat("x", 100_000) + `"}` + "\n" + `{"return": {"status": "running"}, "id": %d}` + "\n"}, ""},
 		{"refused", greeting, []string{done, `{"id": %d, "error": {"class": "GenericError", "desc": "no"}}` + "\n"}, `refused query-status: "no"`},

@@ -233,10 +233,8 @@ func TestRealNIC(t *testing.T) {
 			conn, err = wire.DialUnix(within(t), dir, exampleSpec().NIC.Socket)
 			return err == nil
 		})
-		frame := binary.BigEndian.AppendUint32(nil, 60)
-		if _, err := conn.Write(append(frame, make([]byte, 60)...)); err != nil {
-			t.Error(err)
-		}
+		// No frame: this guest has no driver for the card, and QEMU does not look at its
+		// socket, the end of it included, until the guest has taken what came.
 		if err := conn.Close(); err != nil {
 			t.Error(err)
 		}
