@@ -115,6 +115,9 @@ func Open(ctx context.Context, opts ...Option) (d *Daemon, err error) {
 	if d.host, d.ability, err = d.wireHost(ctx, o); err != nil {
 		return d, err
 	}
+	if !d.ability.Network {
+		programs.Net = ""
+	}
 	limits, err := config.ThisHost()
 	if err != nil {
 		return d, err
@@ -123,7 +126,7 @@ func Open(ctx context.Context, opts ...Option) (d *Daemon, err error) {
 	d.images = image.New(image.Options{Layout: d.layout, Store: d.store, Checker: o.checker, Logger: d.log, Builder: o.builder})
 	d.onClose(d.images.Close)
 	d.vms, err = vm.New(vm.Options{
-		Layout: d.layout, Limits: limits, Store: d.store, Host: d.host, Programs: programs, Images: d.images,
+		Layout: d.layout, Instance: d.instance, Limits: limits, Store: d.store, Host: d.host, Programs: programs, Images: d.images,
 		Checker: o.checker, Logger: d.log, AgentTimeout: o.agentTimeout, Hook: o.hook,
 	})
 	if err != nil {
@@ -241,7 +244,7 @@ func (d *Daemon) handler() http.Handler {
 		connect.WithReadMaxBytes(4<<20),
 	)
 	mux.Handle(bangerv1connect.NewMachineHandler(machineService{d}, handlerOptions))
-	mux.Handle(bangerv1connect.NewVMsHandler(vmService{d: d}, handlerOptions))
+	mux.Handle(bangerv1connect.NewVMsHandler(vmService{d}, handlerOptions))
 	mux.Handle(bangerv1connect.NewWorkspacesHandler(workspaceService{d}, handlerOptions))
 	mux.Handle(bangerv1connect.NewImagesHandler(imageService{d}, handlerOptions))
 	mux.Handle(bangerv1connect.NewKernelsHandler(kernelService{d}, handlerOptions))

@@ -13,16 +13,12 @@ import (
 
 	"banger/api"
 	bangerv1 "banger/api/banger/v1"
-	"banger/api/banger/v1/bangerv1connect"
 	"banger/internal/daemon/opstate"
 	"banger/internal/daemon/store"
 	"banger/internal/daemon/vm"
 )
 
-type vmService struct {
-	bangerv1connect.UnimplementedVMsHandler // until Set, NetworkLog and Ports are there
-	d *Daemon
-}
+type vmService struct{ d *Daemon }
 
 func (s vmService) List(ctx context.Context, _ *bangerv1.ListVMsRequest) (*bangerv1.ListVMsResponse, error) {
 	views, err := s.d.vms.List(ctx)
@@ -84,7 +80,7 @@ func (s vmService) createRequest(req *bangerv1.CreateVMRequest, owner store.User
 		CPUs: int(req.Cpus), Memory: req.Memory, Disk: req.Disk,
 		NoStart: req.NoStart, RemoveOnRelease: req.RemoveOnRelease,
 		ReadyAgent: req.Ready == bangerv1.Ready_READY_AGENT, Repository: req.Repository,
-		User: owner, Owner: owner.UID,
+		User: owner, Owner: owner.UID, Network: networkRequest(req.Network, c.Network),
 	}
 	if r.Image == "" {
 		r.Image = c.Image
@@ -206,7 +202,7 @@ func vmMessage(v vm.View) *bangerv1.VM {
 		Id: v.ID, Name: v.Name, State: stateMessage(v.State), Image: v.Image, Kernel: v.Kernel,
 		Cpus: int32(v.CPUs), Memory: v.Memory, Disk: v.Disk, CreatedAt: timestamppb.New(v.CreatedAt),
 		LastError: v.LastError, Problem: v.Problem, User: cmp.Or(v.ExecUser, v.User.Name), RemoveOnRelease: v.RemoveOnRelease,
-		Handles: v.Handles, Ended: v.Ended,
+		Handles: v.Handles, Ended: v.Ended, Network: networkMessage(v.Network), Traffic: trafficMessage(v.Traffic),
 	}
 	if v.Workspace != nil {
 		m.Workspace = workspaceMessage(*v.Workspace)

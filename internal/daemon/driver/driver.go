@@ -47,6 +47,7 @@ type VMM interface {
 type Ability struct {
 	Accelerator string // "kvm" or "tcg"
 	Reason      string // why it is not kvm, in words
+	Network     bool   // a Spec may have a NIC
 }
 
 // Spec describes one boot. All paths are relative to the VM's directory.

@@ -1,6 +1,6 @@
 // Package locks holds the mutexes of the daemon that have a place in the order
 //
-//	vmLocks[id] → workspaceLocks[id] → {createVMMu, imageOpsMu} → subsystem-local locks
+//	networkLocks[id] → vmLocks[id] → workspaceLocks[id] → {createVMMu, imageOpsMu} → subsystem-local locks
 //
 // Acquire in this order, release in reverse, never hold two of one rank, and never
 // hold a VM lock and a workspace lock together. A Mutex is one lock, a Set one lock
@@ -19,6 +19,7 @@ type Rank int
 
 // The ranks. RankCreate and RankImageOps are one rank: neither is taken under the other.
 const (
+	RankNetwork   Rank = 0 // one change of a VM's network, the answer of its process included
 	RankVM        Rank = 1 // short validation and database changes of one VM
 	RankWorkspace Rank = 2 // one prepare or export of one VM; the only lock held over guest I/O
 	RankCreate    Rank = 3 // the reservation of name and slot

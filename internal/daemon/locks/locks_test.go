@@ -13,7 +13,7 @@ import (
 // daemonLocks is one lock of each kind that the daemon has.
 type daemonLocks struct {
 	c                          *Checker
-	vm, workspace              *Set
+	network, vm, workspace     *Set
 	create, imageOps, tap, ops *Mutex
 }
 
@@ -21,6 +21,7 @@ func newDaemonLocks() *daemonLocks {
 	c := NewChecker()
 	return &daemonLocks{
 		c:         c,
+		network:   NewSet(c, RankNetwork, "networkLocks"),
 		vm:        NewSet(c, RankVM, "vmLocks"),
 		workspace: NewSet(c, RankWorkspace, "workspaceLocks"),
 		create:    NewMutex(c, RankCreate, "createVMMu"),
@@ -42,6 +43,7 @@ func (d *daemonLocks) takes() []take {
 		return func() func() { m.Lock(); return m.Unlock }
 	}
 	return []take{
+		{"networkLocks[a]", RankNetwork, func() func() { return d.network.Lock("a") }},
 		{"vmLocks[a]", RankVM, func() func() { return d.vm.Lock("a") }},
 		{"vmLocks[b]", RankVM, func() func() { return d.vm.Lock("b") }},
 		{"workspaceLocks[a]", RankWorkspace, func() func() { return d.workspace.Lock("a") }},

@@ -72,7 +72,7 @@ func (v *VMM) Probe(ctx context.Context) (driver.Ability, error) {
 	v.mu.Lock()
 	v.probed = &s
 	v.mu.Unlock()
-	return driver.Ability{Accelerator: s.Accel, Reason: s.reason()}, nil
+	return driver.Ability{Accelerator: s.Accel, Reason: s.reason(), Network: true}, nil
 }
 
 func (s setup) reason() string {

@@ -12,6 +12,7 @@ import (
 	"banger/internal/config"
 	"banger/internal/daemon/opstate"
 	"banger/internal/daemon/store"
+	"banger/internal/netwire"
 )
 
 // CreateRequest asks for a VM.
@@ -29,6 +30,7 @@ type CreateRequest struct {
 	Repository      string
 	User            store.User
 	Owner           int // uid
+	Network         netwire.Network
 	// Reserved, unless nil, is told the record as soon as its name is taken.
 	Reserved func(store.VM)
 }
@@ -53,7 +55,14 @@ func (m *Manager) Validate(ctx context.Context, r CreateRequest) error {
 		return api.Errorf(api.Invalid, "%s of memory are more than the host's %s", config.FormatSize(r.Memory), config.FormatSize(m.limits.Memory)).
 			WithHint("banger create --memory %s", config.FormatSize(max(m.limits.Memory/2>>20<<20, config.MinMemory)))
 	}
-	return m.checkTaken(ctx, r)
+	network, err := canonicalNetwork(r.Network)
+	if err != nil {
+		return err
+	}
+	if err := m.checkTaken(ctx, r); err != nil || r.NoStart || m.programs.Net == "" {
+		return err
+	}
+	return tryPorts(ctx, network.Publish, createHints())
 }
 
 // checkTaken says early what reserve would say after a pull of minutes.
@@ -138,7 +147,7 @@ func (m *Manager) create(ctx context.Context, r CreateRequest, p Progress) (stor
 	if r.Reserved != nil {
 		r.Reserved(rec)
 	}
-	v := &machine{rec: rec, image: image, kernel: kernel, dir: m.layout.VM(id)}
+	v := &machine{rec: rec, image: image, kernel: kernel, dir: m.layout.VM(id), creating: true}
 	if err := m.make(ctx, v, r, p); err != nil {
 		undo, cancel := undoContext(ctx)
 		defer cancel()
@@ -171,13 +180,17 @@ func (m *Manager) make(ctx context.Context, v *machine, r CreateRequest, p Progr
 
 // reserve inserts the record: it is what makes name, slot and repository taken.
 func (m *Manager) reserve(ctx context.Context, id string, r CreateRequest, image store.Image, kernel store.Kernel) (store.VM, error) {
+	network, err := canonicalNetwork(r.Network)
+	if err != nil {
+		return store.VM{}, err
+	}
 	machineID := make([]byte, 16)
 	rand.Read(machineID)
 	rec := store.VM{
 		ID: id, State: store.Creating, ImageID: image.ID, Kernel: kernel.Name,
 		CPUs: r.CPUs, Memory: r.Memory, Disk: r.Disk, MachineID: hex.EncodeToString(machineID),
 		User: r.User, Owner: r.Owner, RemoveOnRelease: r.RemoveOnRelease, Repository: r.Repository,
-		CreatedAt: time.Now().UTC(),
+		CreatedAt: time.Now().UTC(), Network: network,
 	}
 	m.createMu.Lock()
 	defer m.createMu.Unlock()

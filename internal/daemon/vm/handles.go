@@ -35,12 +35,13 @@ type Handles struct {
 
 // machine is one VM in the hands of the operation that holds its slot.
 type machine struct {
-	rec     store.VM
-	image   store.Image
-	kernel  store.Kernel
-	dir     config.VMDir
-	h       Handles
-	channel driver.Channel
+	rec      store.VM
+	image    store.Image
+	kernel   store.Kernel
+	dir      config.VMDir
+	h        Handles
+	channel  driver.Channel
+	creating bool // by the operation that works on it
 	// jobHangs: a workspace job on it was waited for in vain.
 	jobHangs bool
 }

@@ -43,7 +43,7 @@ type Workspaces interface {
 type Programs struct {
 	Shim  string // banger-shim
 	Guest string // banger-guest, which becomes /init
-	Net   string // banger-net
+	Net   string // banger-net; empty: the VMM has no network card to offer
 	// Unpack makes them if they are not there; nil if they are.
 	Unpack func() error
 }
@@ -51,6 +51,7 @@ type Programs struct {
 // Options are what a Manager needs.
 type Options struct {
 	Layout   config.Layout
+	Instance string      // its id, see config.Layout
 	Limits   config.Host // no VM gets more than the host has
 	Store    *store.Store
 	Host     driver.Host
@@ -75,6 +76,7 @@ const (
 // Manager owns all VMs of one instance.
 type Manager struct {
 	layout       config.Layout
+	instance     string
 	limits       config.Host
 	store        *store.Store
 	host         driver.Host
@@ -87,11 +89,12 @@ type Manager struct {
 	hook         func(point string) error
 	bootID       string // of the host
 
-	slots    *opstate.Slots
-	vmLocks  *locks.Set
-	createMu *locks.Mutex // createVMMu: the reservation of name and slot
-	cache    *handleCache
-	leases   *leases
+	slots        *opstate.Slots
+	networkLocks *locks.Set
+	vmLocks      *locks.Set
+	createMu     *locks.Mutex // createVMMu: the reservation of name and slot
+	cache        *handleCache
+	leases       *leases
 
 	reboots atomic.Int32 // under way, see Reboots
 
@@ -111,13 +114,14 @@ func New(o Options) (*Manager, error) {
 		return nil, err
 	}
 	m := &Manager{
-		layout: o.Layout, limits: o.Limits, store: o.Store, host: o.Host, programs: o.Programs,
+		layout: o.Layout, instance: o.Instance, limits: o.Limits, store: o.Store, host: o.Host, programs: o.Programs,
 		images: o.Images, checker: o.Checker, log: o.Logger,
 		agentTimeout: o.AgentTimeout, hook: o.Hook, bootID: bootID,
-		slots:    opstate.NewSlots(),
-		vmLocks:  locks.NewSet(o.Checker, locks.RankVM, "vmLocks"),
-		createMu: locks.NewMutex(o.Checker, locks.RankCreate, "createVMMu"),
-		cache:    newHandleCache(),
+		slots:        opstate.NewSlots(),
+		networkLocks: locks.NewSet(o.Checker, locks.RankNetwork, "networkLocks"),
+		vmLocks:      locks.NewSet(o.Checker, locks.RankVM, "vmLocks"),
+		createMu:     locks.NewMutex(o.Checker, locks.RankCreate, "createVMMu"),
+		cache:        newHandleCache(),
 	}
 	if m.agentTimeout == 0 {
 		m.agentTimeout = defaultAgentTimeout

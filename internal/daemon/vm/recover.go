@@ -13,6 +13,8 @@ import (
 
 	"banger/internal/config"
 	"banger/internal/daemon/store"
+	"banger/internal/netpolicy"
+	"banger/internal/netwire"
 	"banger/internal/shim"
 )
 
@@ -134,6 +136,7 @@ func (m *Manager) adopt(v *machine, herr error) {
 	}
 	m.cache.put(v.rec.ID, e)
 	m.watch(v)
+	m.settleNetwork(v.rec.ID)
 }
 
 // recoverRows looks at directories without a row. With a record.json the row is
@@ -219,6 +222,9 @@ func readRecord(dir config.VMDir) (rec store.VM, err error) {
 	data, err := os.ReadFile(dir.Record())
 	if err == nil {
 		err = json.Unmarshal(data, &rec)
+	}
+	if rec.Network.Preset == "" { // written by a release that knew of no network
+		rec.Network = netwire.Network{Preset: string(netpolicy.Internet)}
 	}
 	return rec, err
 }

@@ -204,6 +204,7 @@ func (m *Manager) guestConfig(v *machine) wire.Config {
 		Identity:      wire.Identity{ID: v.rec.ID, Hostname: v.rec.Name, MachineID: v.rec.MachineID},
 		Root:          wire.Root{Serial: rootSerial, FSType: "ext4"},
 		KernelModules: modulesSerial,
+		Network:       m.guestNetwork(v),
 		WallClock:     time.Now().UnixNano(),
 	}
 	for _, name := range v.kernel.Modules {
@@ -225,7 +226,8 @@ func (m *Manager) releaseBootFiles(ctx context.Context, v *machine) error {
 	return nil
 }
 
-// process: the shim and under it the VMM. The lock in run/ says whether they live.
+// process: the shim and under it the VMM and the network's process, which ends with it.
+// The lock in run/ says whether they live.
 
 func (m *Manager) preflightProcess(ctx context.Context, v *machine) error {
 	if held, err := shim.Held(v.dir.Path()); err != nil {
@@ -242,7 +244,7 @@ func (m *Manager) acquireProcess(ctx context.Context, v *machine) error {
 	if err != nil {
 		return err
 	}
-	started, err := shim.Launch(ctx, v.dir.Path(), m.programs.Shim, shim.Config{Argv: cmd.Argv, Env: cmd.Env})
+	started, err := shim.Launch(ctx, v.dir.Path(), m.programs.Shim, shim.Config{Argv: cmd.Argv, Env: cmd.Env, Network: m.networkProcess()})
 	if err != nil {
 		err = fmt.Errorf("cannot start %s: %w", m.host.VMM.Name(), err)
 		if refused := new(shim.StartError); errors.As(err, &refused) {
@@ -263,6 +265,7 @@ func (m *Manager) spec(v *machine) driver.Spec {
 			{Serial: rootSerial, Path: v.h.Attached.Path, Format: v.h.Attached.Format},
 			{Serial: modulesSerial, Path: modulesPath, Format: "raw", ReadOnly: true},
 		},
+		NIC: m.card(v),
 	}
 }
 

@@ -40,6 +40,7 @@ func (m *Manager) table() []resource {
 		{"run directory", scopeRun, nil, m.acquireRunDir, m.releaseRunDir},
 		{"disk attachment", scopeRun, nil, m.acquireAttachment, m.releaseAttachment},
 		{"boot files", scopeRun, m.preflightBootFiles, m.acquireBootFiles, m.releaseBootFiles},
+		{"network", scopeRun, m.preflightNetwork, m.acquireNetwork, m.releaseNetwork},
 		{"process", scopeRun, m.preflightProcess, m.acquireProcess, m.releaseProcess},
 		{"agent", scopeRun, nil, m.acquireAgent, m.releaseAgent},
 	}

@@ -8,6 +8,7 @@ import (
 
 	"banger/api"
 	"banger/internal/daemon/store"
+	"banger/internal/netwire"
 	"banger/internal/shim"
 )
 
@@ -23,6 +24,8 @@ type View struct {
 	Problem string
 	// Handles are what the running VM holds, for people to read.
 	Handles map[string]string
+	// Traffic is set by Show while the VM's network runs.
+	Traffic *netwire.Stats
 }
 
 // List returns all VMs, by name. It asks no guest; a sick VM is listed with
@@ -62,6 +65,7 @@ func (m *Manager) Show(ctx context.Context, ref string) (View, error) {
 		return View{}, err
 	}
 	view := View{VM: v, Image: images[v.ImageID], Problem: m.problem(v), Handles: m.handleText(v.ID)}
+	view.Traffic = m.traffic(ctx, v)
 	if w, err := m.store.Workspace(ctx, v.ID); err == nil {
 		view.Workspace = &w
 	}
@@ -88,8 +92,9 @@ func (m *Manager) imageNames(ctx context.Context) (map[string]string, error) {
 
 // problem compares the record with the VM's lock.
 func (m *Manager) problem(v store.VM) string {
+	_, network := networkOf(v)
 	if v.State != store.Running {
-		return ""
+		return network
 	}
 	if e, ok := m.cache.get(v.ID); ok && e.lost != "" {
 		return e.lost
@@ -101,7 +106,7 @@ func (m *Manager) problem(v store.VM) string {
 	case !held:
 		return "it has ended and is being cleaned up"
 	}
-	return ""
+	return network
 }
 
 func (m *Manager) handleText(id string) map[string]string {
