@@ -25,11 +25,13 @@
 //	        5  close the lock, read the report and then run/processes.json
 //	shim    6  lock its thread, close what it should not have, check that 3 is the lock
 //	        7  write run/processes.json with itself alone
-//	        8  fork and exec the VMM with Pdeathsig SIGKILL
-//	        9  write run/processes.json with the VMM too; if it cannot, kill the VMM
-//	       10  report, close the pipe
-//	       11  wait for the VMM, drain its output
-//	       12  write log/exit.json (temp file, fsync, rename), exit
+//	        8  open the program of the network, fork and exec it as below, without the lock
+//	        9  fork and exec the VMM with Pdeathsig SIGKILL
+//	       10  write run/processes.json with both too; if it cannot, kill both
+//	       11  report, close the pipe
+//	       12  wait for the VMM, drain all output, restart the network when it ends
+//	       13  kill and reap the network
+//	       14  write log/exit.json (temp file, fsync, rename), exit
 //
 // A daemon that is killed at any of these instructions leaves either nothing held
 // or a supervised VMM. Up to 4 the lock is only in the daemon and goes with it; in
@@ -48,8 +50,17 @@
 // and exec, shim started and VMM not yet, exit.json not written yet. Hence
 // "held" with no processes.json, or with one that names no VMM, means "wait a
 // little", "free" means that exit.json is as complete as it will ever be, and
-// killing the shim always kills the VM. To be rid of a VM, kill the VMM, so that the
+// killing the shim always kills the VM and its network. To be rid of a VM, kill the VMM, so that the
 // shim can tell of its end, and the shim only if the lock is not free soon.
+//
+// # The network
+//
+// A VM may have a second process, banger-net (Config.Network). It has no part in
+// "held": it may crash at any time, and is started again from the file that the shim
+// holds open, at once or after a pause that grows to a second, for ever. Only a first
+// exec that fails makes the start fail. It too is forked by the first thread with
+// Pdeathsig, so its restarts are in the loop that waits for the VMM; signals to the
+// shim are not for it.
 //
 // # Who keeps what
 //
@@ -64,6 +75,8 @@
 //	its end is known             exit.json          not kept: the daemon    as above
 //	                                                sees a free lock and
 //	                                                no exit.json
+//	the network is there         shim: restarts it  shim: processes.json    shim: the program of the
+//	                                                is late                 release that started it
 //	its console is kept          shim               the older part is       raw bytes
 //	                                                kept, the rest lost
 //	the guest's intent is known  exit.json          as "its end"            wire.IntentPrefix
