@@ -37,6 +37,7 @@ const (
 	envPrograms = "BANGER_CRASH_PROGRAMS"
 	envOrder    = "BANGER_CRASH_ORDER" // "kill POINT", "fail POINT" or "pause POINT"
 	envDelay    = "BANGER_CRASH_DELAY"
+	envNetwork  = "BANGER_CRASH_NETWORK" // anything: VMs have a network
 )
 
 // limit bounds every wait; nothing here should take a tenth of it.
@@ -49,7 +50,9 @@ func serve() error {
 		return err
 	}
 	programs := os.Getenv(envPrograms)
-	host := fake.New(os.Getenv(envHost), filepath.Join(programs, "fakevmm")).Drivers()
+	onHost := fake.New(os.Getenv(envHost), filepath.Join(programs, "fakevmm"))
+	onHost.Ability.Network = os.Getenv(envNetwork) != ""
+	host := onHost.Drivers()
 	host.VMM = cutVMM{host.VMM, o.at}
 	ctx := context.Background()
 	d, err := daemon.Open(ctx,
@@ -133,6 +136,7 @@ func (o *order) at(point string) error {
 // repository that no daemon may change.
 type world struct {
 	state, hostDir, programs string
+	network                  bool // VMs have one
 
 	repository string
 	untouched  string // what was in it from the beginning
@@ -169,6 +173,19 @@ func newWorld(t *testing.T) *world {
 	return w
 }
 
+// newNetworkWorld is a world in which the VMM has a card to offer, and test/fakenet serves it.
+func newNetworkWorld(t *testing.T) *world {
+	t.Helper()
+	w := newWorld(t)
+	w.network = true
+	cmd := exec.Command("go", "build", "-o", filepath.Join(w.programs, "banger-net"), "banger/test/fakenet")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("go build: %v\n%s", err, out)
+	}
+	return w
+}
+
 func (w *world) host() *fake.Host { return fake.New(w.hostDir, "") }
 
 // process is one daemon.
@@ -189,6 +206,9 @@ func (w *world) start(t *testing.T, order string, delay time.Duration) *process 
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), envState+"="+w.state, envHost+"="+w.hostDir, envPrograms+"="+w.programs,
 		envOrder+"="+order, envDelay+"="+delay.String(), "BANGER_CONFIG=")
+	if w.network {
+		cmd.Env = append(cmd.Env, envNetwork+"=1")
+	}
 	cmd.Stderr = log
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
