@@ -187,7 +187,8 @@ func (r *resolver) reverse(name string) string {
 	}
 	reason := ""
 	for _, addr := range []netip.Addr{prefix.Addr().Unmap(), lastOf(prefix).Unmap()} {
-		v := r.policy().Answer(name, addr, r.own(addr))
+		inner, embeds := netpolicy.Embedded(addr)
+		v := r.policy().Answer(name, addr, r.own(addr) || embeds && r.own(inner))
 		if v.Allowed {
 			return ""
 		}

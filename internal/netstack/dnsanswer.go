@@ -3,6 +3,7 @@ package netstack
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -21,6 +22,8 @@ const (
 	answerLogged  = 8 // refused addresses that are logged one by one
 	dnsHeader     = 12
 )
+
+var errShortAnswer = errors.New("the answer has fewer records than it promises")
 
 // parseAnswer reads the answer to the question m. It reads no more records than are kept,
 // whatever the header promises: 4,000 records with long names would unpack to megabytes.
@@ -60,8 +63,11 @@ func parseAnswer(packet []byte, m *dns.Msg) (*dns.Msg, error) {
 	for i, section := range []*[]dns.RR{&answer.Answer, &answer.Ns, &answer.Extra} {
 		for range min(count(i+1), room) {
 			var rr dns.RR
+			if off >= len(packet) {
+				return nil, errShortAnswer // UnpackRR would make an empty record of it
+			}
 			if rr, off, err = dns.UnpackRR(packet, off); err != nil {
-				return nil, errors.Join(errors.New("cannot understand the answer"), err)
+				return nil, fmt.Errorf("cannot understand the answer: %w", err)
 			}
 			*section = append(*section, rr)
 		}
@@ -164,11 +170,13 @@ func (r *resolver) judge(name string, addr netip.Addr, log bool) string {
 	if v.Allowed {
 		return ""
 	}
-	reason := "the answer " + addr.String() + ": " + v.Reason
 	if log {
-		r.refuse(netwire.Entry{Protocol: "dns", Target: name + " → " + addr.String(), Name: name, Reason: reason, Rule: v.Rule})
+		r.refuse(netwire.Entry{
+			Protocol: "dns", Target: name + " → " + addr.String(), Name: name,
+			Reason: "answer left out: " + v.Reason, Rule: v.Rule,
+		})
 	}
-	return reason
+	return "the answer " + addr.String() + " is left out: " + v.Reason
 }
 
 // keep adds a record that is no answer with an address, without the addresses in it.
