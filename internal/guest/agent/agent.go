@@ -22,6 +22,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"banger/internal/guest/wire"
@@ -33,6 +34,10 @@ const (
 	// maxStreams bounds the requests served at a time. It is below yamux's backlog of
 	// 256, so that the one too many gets an answer.
 	maxStreams = 128
+	// maxDials bounds the connections to services, which are counted apart: they may be
+	// many and last, and must not keep the host from anything else. Each holds up to
+	// wire.StdinWindow bytes.
+	maxDials = 256
 )
 
 // System is the machine around the agent.
@@ -49,8 +54,8 @@ type System interface {
 type Options struct {
 	Config wire.Config
 	System System
-	// Root is where etc/passwd, etc/group and etc/environment are read; empty means
-	// "/". Nothing else is looked for below it.
+	// Root is where etc/passwd, etc/group, etc/environment and, for what listens, proc
+	// are read; empty means "/". Nothing else is looked for below it.
 	Root string
 }
 
@@ -58,6 +63,7 @@ type Options struct {
 type Agent struct {
 	opts  Options
 	slots chan struct{}
+	dials chan struct{}
 }
 
 // New makes an agent.
@@ -65,7 +71,7 @@ func New(o Options) *Agent {
 	if o.Root == "" {
 		o.Root = "/"
 	}
-	return &Agent{opts: o, slots: make(chan struct{}, maxStreams)}
+	return &Agent{opts: o, slots: make(chan struct{}, maxStreams), dials: make(chan struct{}, maxDials)}
 }
 
 // Serve serves the hosts that come to port until reading it fails.
@@ -79,11 +85,12 @@ func (a *Agent) Handle(conn net.Conn) {
 	defer s.Close()
 	select {
 	case a.slots <- struct{}{}:
-		defer func() { <-a.slots }()
 	default:
 		refuse(s, refusal(wire.ErrOverloaded, "the guest serves %d requests already", maxStreams))
 		return
 	}
+	release := sync.OnceFunc(func() { <-a.slots })
+	defer release()
 	defer func() {
 		// One bad request must not end the agent.
 		if r := recover(); r != nil {
@@ -102,13 +109,14 @@ func (a *Agent) Handle(conn net.Conn) {
 		refuse(s, refusal(wire.ErrInvalid, "the stream does not begin with a request"))
 		return
 	}
-	if err := a.serve(s, req); err != nil {
+	if err := a.serve(s, req, release); err != nil {
 		refuse(s, err)
 	}
 }
 
-// serve answers one request. An error is answered by the caller.
-func (a *Agent) serve(s *wire.Stream, req wire.Request) error {
+// serve answers one request. An error is answered by the caller. release gives the
+// request's slot back early.
+func (a *Agent) serve(s *wire.Stream, req wire.Request, release func()) error {
 	switch req.Op {
 	case wire.OpHello:
 		return s.SendJSON(wire.KindReply, a.hello(req.Nonce))
@@ -128,6 +136,10 @@ func (a *Agent) serve(s *wire.Stream, req wire.Request) error {
 			return fmt.Errorf("cannot set the clock: %w", err)
 		}
 		return s.SendJSON(wire.KindReply, struct{}{})
+	case wire.OpDial:
+		return a.dial(s, req.Dial, release)
+	case wire.OpPorts:
+		return a.ports(s)
 	}
 	return refusal(wire.ErrUnknownOp, "the guest does not know the request %q", req.Op)
 }

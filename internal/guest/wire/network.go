@@ -1,5 +1,11 @@
 package wire
 
+import (
+	"net/netip"
+	"slices"
+	"strings"
+)
+
 // Network is the guest's network card and what to make of it.
 type Network struct {
 	MAC     string   `json:"mac"`           // how the guest finds the card
@@ -27,13 +33,34 @@ type Dial struct {
 // Ports is the reply to OpPorts, ordered by protocol, port and address.
 type Ports struct {
 	Ports []Listening `json:"ports"`
+	More  bool        `json:"more,omitempty"` // there are some that had no room here
 }
 
 // Listening is a socket of the guest that takes connections or packets.
 type Listening struct {
-	Protocol string `json:"protocol"`          // "tcp" or "udp"
-	Address  string `json:"address"`           // "0.0.0.0"; "::" takes IPv4 too, as a rule
-	Port     int    `json:"port"`              //
-	PID      int    `json:"pid,omitempty"`     // 0 when nobody was found who holds it
-	Process  string `json:"process,omitempty"` // the name of PID, at most 15 bytes
+	Protocol string `json:"protocol"` // "tcp" or "udp"
+	Address  string `json:"address"`  // "127.0.0.1"; "::" takes IPv4 too, as a rule
+	Port     int    `json:"port"`
+	PID      int    `json:"pid,omitempty"`     // who holds it, 0 when nobody was found
+	Process  string `json:"process,omitempty"` // the name of PID
+}
+
+// clean drops what is no socket, and makes the rest fit to be shown.
+func (p *Ports) clean() {
+	if len(p.Ports) > maxPorts {
+		p.Ports, p.More = p.Ports[:maxPorts], true
+	}
+	p.Ports = slices.DeleteFunc(p.Ports, func(l Listening) bool {
+		a, err := netip.ParseAddr(l.Address)
+		return err != nil || a.Zone() != "" || l.Protocol != "tcp" && l.Protocol != "udp" || l.Port < 1 || l.Port > 0xffff || l.PID < 0
+	})
+	for i := range p.Ports {
+		p.Ports[i].Process = ProcessName(p.Ports[i].Process)
+	}
+}
+
+// ProcessName makes the name that a process has given itself fit to be shown on a line.
+func ProcessName(s string) string {
+	const limit = 15 // TASK_COMM_LEN of the kernel, without its zero
+	return CleanText(strings.NewReplacer("\n", " ", "\t", " ").Replace(s), limit)
 }
