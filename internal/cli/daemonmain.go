@@ -62,7 +62,7 @@ func runDaemon(args []string, stdout, stderr io.Writer, open func(ctx context.Co
 	return exitCodeOf(err, false)
 }
 
-// readyPipe finds the pipe of the banger that started this daemon and returns how to
+// readyPipe finds the pipe of the banger that started this process and returns how to
 // tell it, once. Without one nobody is told.
 func readyPipe() func(readiness) {
 	fd, err := strconv.Atoi(os.Getenv(readyFD))

@@ -258,6 +258,9 @@ func (e *entry) execute(ctx context.Context, x wire.Exec, fallback string) error
 	if e.flags.exec.dir != "" {
 		fallback = ""
 	}
+	if err := e.passProxies(ctx, e.client, &cmd, e.vm); err != nil {
+		return err
+	}
 	code, err := e.inGuest(ctx, e.client, cmd, fallback)
 	if e.entered && !e.flags.remove && !e.vm.RemoveOnRelease && (len(x.Argv) == 0 || e.created && e.cmd.Name() == "run") {
 		e.ui.note("%s goes on running; banger stop %s stops it, banger rm -f %s removes it", e.vm.Name, e.vm.Name, e.vm.Name)

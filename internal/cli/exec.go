@@ -17,7 +17,9 @@ that has a VM it runs there, in the same subdirectory.
 
 stdin, stdout and stderr stay apart and are passed on byte by byte. stdin is passed on
 with -i, and when stdin and stdout are terminals: a loop that reads its own stdin can call exec.
-Signals go to the command. A second Ctrl-C leaves; the command gets SIGHUP then.`,
+Signals go to the command. A second Ctrl-C leaves; the command gets SIGHUP then.
+http_proxy, https_proxy, ftp_proxy, all_proxy and no_proxy, also in capitals, are passed
+on when the VM's network allows the proxy, one on the host's loopback by its name inside.`,
 		Example: `  banger exec shop uname -a
   banger exec -- git status
   gzip -c dump.sql | banger exec -i shop sh -c 'gunzip | psql'`,
@@ -72,6 +74,9 @@ func (a *app) exec(cmd *cobra.Command, f *execFlags, ref string, argv []string) 
 	}
 	if f.dir != "" {
 		top = ""
+	}
+	if err := a.passProxies(cmd.Context(), c, &target, nil); err != nil {
+		return err
 	}
 	code, err := a.inGuest(cmd.Context(), c, target, top)
 	if err == nil && code != 0 {

@@ -51,6 +51,7 @@ type fakeDaemon struct {
 	images   []*bangerv1.Image
 	kernels  []*bangerv1.Kernel
 	exec     func(x wire.Exec, s *guestEnd)
+	net      fakeNet
 	stopped  chan struct{} // closed when it ends after a Shutdown
 	leaving  int           // after a Shutdown: so many Status calls until it ends
 }
@@ -140,6 +141,7 @@ func (d *fakeDaemon) listen() {
 	mux.Handle(bangerv1connect.NewKernelsHandler(fakeKernels{d}, opts))
 	mux.Handle(bangerv1connect.NewOperationsHandler(fakeOperations{d}, opts))
 	mux.HandleFunc("/v1/exec", d.serveExec)
+	mux.HandleFunc("/v1/dial", d.serveDial)
 	server := &http.Server{Handler: mux}
 	d.mu.Lock()
 	d.server = server
@@ -340,9 +342,13 @@ func (s fakeVMs) List(context.Context, *bangerv1.ListVMsRequest) (*bangerv1.List
 	return res, nil
 }
 
-func (s fakeVMs) Show(_ context.Context, req *bangerv1.ShowVMRequest) (*bangerv1.VM, error) {
+func (s fakeVMs) Show(ctx context.Context, req *bangerv1.ShowVMRequest) (*bangerv1.VM, error) {
 	s.d.note("show %s", req.Ref)
-	return s.d.resolve(req.Ref)
+	vm, err := s.d.resolve(req.Ref)
+	if err == nil && s.d.net.show != nil {
+		return s.d.net.show(ctx, vm)
+	}
+	return vm, err
 }
 
 func (s fakeVMs) Create(_ context.Context, req *bangerv1.CreateVMRequest) (*bangerv1.Operation, error) {
@@ -352,7 +358,7 @@ func (s fakeVMs) Create(_ context.Context, req *bangerv1.CreateVMRequest) (*bang
 		name = orElse(req.NameHint, "quiet-fox")
 	}
 	vm := &bangerv1.VM{Id: "id-" + name, Name: name, Image: orElse(req.Image, "debian-bookworm"), Cpus: 4, Memory: 4 << 30, Disk: 20 << 30,
-		State: bangerv1.VM_RUNNING, RemoveOnRelease: req.RemoveOnRelease}
+		State: bangerv1.VM_RUNNING, RemoveOnRelease: req.RemoveOnRelease, Network: req.Network}
 	return s.d.begin("create", name, func(m *bangerv1.Operation) {
 		s.d.add(vm)
 		m.Result = &bangerv1.Operation_Vm{Vm: vm}

@@ -9,11 +9,13 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"path"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	bangerv1 "banger/api/banger/v1"
 	"banger/internal/guest/wire"
 )
 
@@ -25,14 +27,27 @@ type guestEnd struct {
 }
 
 func (d *fakeDaemon) serveExec(w http.ResponseWriter, r *http.Request) {
+	d.serveStream(w, r, func(vm *bangerv1.VM, req wire.Request, g *guestEnd) {
+		if req.Op != wire.OpExec || req.Exec == nil {
+			d.t.Errorf("the first frame asks for %+v", req)
+			return
+		}
+		d.note("exec %s %s", vm.Name, describeExec(*req.Exec))
+		d.exec(*req.Exec, g)
+	})
+}
+
+// serveStream accepts a stream, or refuses it, and reads its first frame.
+func (d *fakeDaemon) serveStream(w http.ResponseWriter, r *http.Request, serve func(*bangerv1.VM, wire.Request, *guestEnd)) {
+	op := path.Base(r.URL.Path)
 	ref := r.URL.Query().Get("vm")
 	vm, err := d.resolve(ref)
-	if err == nil && d.refuse["exec"] != nil {
-		err = d.refuse["exec"]
+	if err == nil && d.refuse[op] != nil {
+		err = d.refuse[op]
 	}
 	if err == nil {
 		d.mu.Lock()
-		err = d.askEndingLocked("exec")
+		err = d.askEndingLocked(op)
 		d.mu.Unlock()
 	}
 	if err != nil {
@@ -50,18 +65,17 @@ func (d *fakeDaemon) serveExec(w http.ResponseWriter, r *http.Request) {
 	d.mu.Lock()
 	d.conns = slices.DeleteFunc(d.conns, func(c net.Conn) bool { return c == conn })
 	d.mu.Unlock()
-	fmt.Fprintf(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\n", execProtocol)
+	fmt.Fprintf(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\n", streamProtocol)
 	kind, payload, err := wire.ReadFrame(buffered.Reader, nil)
 	if err != nil {
 		return // the client had second thoughts
 	}
 	var req wire.Request
-	if err := json.Unmarshal(payload, &req); err != nil || kind != wire.KindRequest || req.Op != wire.OpExec {
+	if err := json.Unmarshal(payload, &req); err != nil || kind != wire.KindRequest {
 		d.t.Errorf("the first frame is %d %q", kind, payload)
 		return
 	}
-	d.note("exec %s %s", vm.Name, describeExec(*req.Exec))
-	d.exec(*req.Exec, &guestEnd{t: d.t, conn: conn, r: buffered.Reader})
+	serve(vm, req, &guestEnd{t: d.t, conn: conn, r: buffered.Reader})
 }
 
 func describeExec(x wire.Exec) string {

@@ -134,6 +134,8 @@ type vmFlags struct {
 	memory sizeValue
 	disk   sizeValue
 	ready  readyValue
+
+	network networkFlags
 }
 
 func (f *vmFlags) add(cmd *cobra.Command) {
@@ -143,6 +145,7 @@ func (f *vmFlags) add(cmd *cobra.Command) {
 	fs.Var(&f.cpus, "cpus", "number of CPUs (default: the host's, at most 4)")
 	fs.Var(&f.memory, "memory", "memory, for example 512M; taken from the host as the guest touches it (default: a quarter of the host's, at most 4G)")
 	fs.Var(&f.disk, "disk", "size of the disk, for example 20G; taken as it fills (default: 20G)")
+	f.network.add(cmd, "what the VM may reach when no rule says otherwise (default: internet)")
 	fs.Var(&f.ready, "ready", "how far the VM must be: the agent answers, or the system has started")
 }
 
@@ -150,7 +153,7 @@ func (f *vmFlags) add(cmd *cobra.Command) {
 func (f *vmFlags) request() *bangerv1.CreateVMRequest {
 	return &bangerv1.CreateVMRequest{
 		Name: string(f.name), Image: f.image, Cpus: int32(f.cpus), Memory: int64(f.memory), Disk: int64(f.disk),
-		Ready: bangerv1.Ready(f.ready),
+		Ready: bangerv1.Ready(f.ready), Network: f.network.message(),
 	}
 }
 

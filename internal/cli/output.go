@@ -18,6 +18,13 @@ type table struct{ rows [][]string }
 
 func (t *table) row(cells ...string) { t.rows = append(t.rows, cells) }
 
+// line is a row of a key and its value, unless that is empty.
+func (t *table) line(key, value string) {
+	if value != "" {
+		t.row(key+":", value)
+	}
+}
+
 func (t *table) write(w io.Writer) error {
 	var widths []int
 	for _, row := range t.rows {

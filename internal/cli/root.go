@@ -84,7 +84,11 @@ A VM is named by its name, its id, or a prefix of either that fits only one.`,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		var value *pflag.InvalidValueError
 		if errors.As(err, &value) {
-			return usage(cmd, "--%s: %s", value.GetFlag().Name, errors.Unwrap(value))
+			err := usage(cmd, "--%s: %s", value.GetFlag().Name, errors.Unwrap(value))
+			if _, rule := value.GetFlag().Value.(*rulesValue); rule {
+				err = err.WithHint("banger set --help") // it has their grammar
+			}
+			return err
 		}
 		return usage(cmd, "%s", err)
 	})
@@ -103,13 +107,14 @@ A VM is named by its name, its id, or a prefix of either that fits only one.`,
 		}
 	}
 	grouped(groupRepository, a.upCommand(), a.diffCommand(), a.applyCommand())
-	grouped(groupVMs, a.runCommand(), a.createCommand(), a.psCommand(), a.startCommand(), a.stopCommand(), a.rmCommand(), a.showCommand())
-	grouped(groupInside, a.execCommand())
+	grouped(groupVMs, a.runCommand(), a.createCommand(), a.psCommand(), a.startCommand(), a.stopCommand(), a.rmCommand(), a.showCommand(), a.setCommand())
+	grouped(groupInside, a.execCommand(), a.logsCommand(), a.portCommand(), a.forwardCommand())
 	grouped(groupImages, a.imageCommand(), a.kernelCommand())
 	grouped(groupMachine, a.doctorCommand(), a.daemonCommand(), a.opCommand(), a.versionCommand())
 
 	vm := a.parent("vm", "the commands on VMs, under one name",
-		a.runCommand(), a.createCommand(), a.psCommand(), a.startCommand(), a.stopCommand(), a.rmCommand(), a.showCommand(), a.execCommand())
+		a.runCommand(), a.createCommand(), a.psCommand(), a.startCommand(), a.stopCommand(), a.rmCommand(), a.showCommand(), a.setCommand(),
+		a.execCommand(), a.logsCommand(), a.portCommand())
 	workspace := a.parent("workspace", "a repository in a VM, step by step", a.prepareCommand(), a.exportCommand())
 	vm.Hidden, workspace.Hidden = true, true
 	root.AddCommand(vm, workspace)

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"context"
 	"fmt"
 	"maps"
 	"slices"
@@ -26,17 +27,7 @@ func (a *app) showCommand() *cobra.Command {
 				return err
 			}
 			defer c.close()
-			var ref string
-			if len(args) == 1 {
-				ref = args[0]
-			} else {
-				found, err := a.repositoryVM(cmd.Context(), c)
-				if err != nil {
-					return err
-				}
-				ref = found.Vm.Id
-			}
-			vm, err := c.vms.Show(cmd.Context(), &bangerv1.ShowVMRequest{Ref: ref})
+			vm, err := a.showOrHere(cmd.Context(), c, args)
 			if err != nil {
 				return err
 			}
@@ -48,13 +39,24 @@ func (a *app) showCommand() *cobra.Command {
 	}
 }
 
+// showOrHere asks for the VM that args name, without any for that of the repository here.
+func (a *app) showOrHere(ctx context.Context, c *client, args []string) (*bangerv1.VM, error) {
+	ref := ""
+	if len(args) > 0 {
+		ref = args[0]
+	} else {
+		found, err := a.repositoryVM(ctx, c)
+		if err != nil {
+			return nil, err
+		}
+		ref = found.Vm.Id
+	}
+	return c.vms.Show(ctx, &bangerv1.ShowVMRequest{Ref: ref})
+}
+
 func (a *app) showVM(vm *bangerv1.VM) error {
 	t := &table{}
-	line := func(key, value string) {
-		if value != "" {
-			t.row(key+":", value)
-		}
-	}
+	line := t.line
 	line("name", vm.Name)
 	line("id", vm.Id)
 	line("state", stateOf(vm))
@@ -66,6 +68,7 @@ func (a *app) showVM(vm *bangerv1.VM) error {
 	line("cpus", fmt.Sprint(vm.Cpus))
 	line("memory", config.FormatSize(vm.Memory))
 	line("disk", config.FormatSize(vm.Disk))
+	networkLines(vm, line)
 	line("user", vm.User)
 	line("created", a.ago(vm.CreatedAt))
 	if vm.RemoveOnRelease {

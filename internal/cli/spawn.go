@@ -33,14 +33,15 @@ const (
 	// is starting, is waited for before the next is tried.
 	respawnInterval = 250 * time.Millisecond
 	maxStarts       = 3
-	// readyFD names, to bangerd, the descriptor on which it says how its start went:
-	// one JSON object, readiness.
+	// readyFD names, to what detach started, the descriptor on which it says how its
+	// start went: one JSON object, readiness.
 	readyFD = "BANGER_READY_FD"
 )
 
-// readiness is what a daemon tells the banger that started it.
+// readiness is what a daemon, or a forward, tells the banger that started it.
 type readiness struct {
 	Ready   bool     `json:"ready"`
+	Address string   `json:"address,omitempty"` // of a forward
 	Code    api.Code `json:"code,omitempty"`
 	Message string   `json:"message,omitempty"`
 	Hint    string   `json:"hint,omitempty"`
@@ -147,34 +148,53 @@ func (a *app) spawn(ctx context.Context, c *client) error {
 		return err
 	}
 	defer pr.Close()
-	// What banger itself inherited, for example from make or a test runner, would stay
-	// open in the daemon and keep its owner waiting.
-	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
-		pw.Close()
-		return fmt.Errorf("cannot close inherited descriptors: %w", err)
-	}
-	env := a.env.with("BANGER_STATE_DIR", c.layout.Root).with(readyFD, "3")
-	process, err := os.StartProcess(program, []string{program}, &os.ProcAttr{
-		Dir: "/", Env: env, Files: []*os.File{null, log, log, pw}, Sys: &syscall.SysProcAttr{Setsid: true},
-	})
+	_, err = a.detach(c, program, []string{program}, []*os.File{null, log, log, pw})
 	pw.Close()
 	if err != nil {
 		return api.Errorf(api.NotReady, "cannot start %s: %w", program, err).WithHint("make build")
 	}
-	go process.Wait() // reaped when it ends before banger does
-	stop := context.AfterFunc(ctx, func() { pr.SetReadDeadline(time.Now()) })
-	defer stop()
-	var r readiness
-	if err := json.NewDecoder(io.LimitReader(pr, 64<<10)).Decode(&r); err != nil {
-		if errors.Is(err, io.EOF) {
-			err = errors.New("it ended at once")
-		}
+	r, err := readReadiness(ctx, pr)
+	if err != nil {
 		return a.startFailed(ctx, c, from, err)
 	}
-	if !r.Ready {
-		return &api.Error{Code: r.Code, Message: r.Message, Hint: r.Hint}
+	return r.err()
+}
+
+// readReadiness waits for what a process that was started says, until ctx ends.
+func readReadiness(ctx context.Context, from *os.File) (r readiness, err error) {
+	stop := context.AfterFunc(ctx, func() { from.SetReadDeadline(time.Now()) })
+	defer stop()
+	err = json.NewDecoder(io.LimitReader(from, 64<<10)).Decode(&r)
+	if errors.Is(err, io.EOF) {
+		err = errors.New("it ended at once")
 	}
-	return nil
+	return r, err
+}
+
+func (r readiness) err() error {
+	if r.Ready {
+		return nil
+	}
+	return &api.Error{Code: r.Code, Message: r.Message, Hint: r.Hint}
+}
+
+// detach starts a process that outlives banger, with these descriptors and no others; the
+// fourth is where it says how its start went. It returns its id.
+func (a *app) detach(c *client, program string, argv []string, files []*os.File) (pid int, err error) {
+	// What banger itself inherited, for example from make or a test runner, would stay
+	// open in the process and keep its owner waiting.
+	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return 0, fmt.Errorf("cannot close inherited descriptors: %w", err)
+	}
+	env := a.env.with("BANGER_STATE_DIR", c.layout.Root).with(readyFD, "3")
+	process, err := os.StartProcess(program, argv, &os.ProcAttr{
+		Dir: "/", Env: env, Files: files, Sys: &syscall.SysProcAttr{Setsid: true},
+	})
+	if err != nil {
+		return 0, err
+	}
+	go process.Wait() // reaped when it ends before banger does
+	return process.Pid, nil
 }
 
 // startFailed says why a daemon did not come up, with the last lines of its log from

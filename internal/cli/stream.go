@@ -22,8 +22,8 @@ import (
 )
 
 const (
-	// execProtocol is the token of the Upgrade header, see docs/api.md.
-	execProtocol = "banger-stream/1"
+	// streamProtocol is the token of the Upgrade header, see docs/api.md.
+	streamProtocol = "banger-stream/1"
 	// acceptTimeout bounds how long the daemon may take to accept or refuse a command:
 	// it may wait for the guest's system first.
 	acceptTimeout = 10 * time.Minute
@@ -53,7 +53,7 @@ func (a *app) runInGuest(ctx context.Context, c *client, cmd command) (int, erro
 	if cmd.exec.TTY {
 		cmd.exec.Rows, cmd.exec.Cols = rows, cols
 	}
-	conn, r, err := c.upgrade(ctx, cmd.vm)
+	conn, r, err := c.upgrade(ctx, wire.OpExec, cmd.vm)
 	if err != nil {
 		return 0, err
 	}
@@ -65,8 +65,8 @@ func (a *app) runInGuest(ctx context.Context, c *client, cmd command) (int, erro
 	return s.run(cmd)
 }
 
-// upgrade asks the daemon for an exec stream, see docs/api.md.
-func (c *client) upgrade(ctx context.Context, vm string) (net.Conn, *bufio.Reader, error) {
+// upgrade asks the daemon for a stream with a guest, see docs/api.md.
+func (c *client) upgrade(ctx context.Context, op, vm string) (net.Conn, *bufio.Reader, error) {
 	conn, err := c.dial(ctx)
 	if err != nil {
 		return nil, nil, err
@@ -81,13 +81,13 @@ func (c *client) upgrade(ctx context.Context, vm string) (net.Conn, *bufio.Reade
 		return nil, nil, err
 	}
 	conn.SetDeadline(time.Now().Add(acceptTimeout))
-	target := "http://banger/v1/exec?" + url.Values{"vm": {vm}}.Encode()
+	target := "http://banger/v1/" + op + "?" + url.Values{"vm": {vm}}.Encode()
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, target, nil)
 	if err != nil {
 		return fail(err)
 	}
 	req.Header.Set("Connection", "Upgrade")
-	req.Header.Set("Upgrade", execProtocol)
+	req.Header.Set("Upgrade", streamProtocol)
 	r := bufio.NewReader(conn)
 	if err := req.Write(conn); err != nil {
 		return fail(lostDaemon(err))
@@ -100,7 +100,7 @@ func (c *client) upgrade(ctx context.Context, vm string) (net.Conn, *bufio.Reade
 		var e struct{ Code, Message, Hint string }
 		body, _ := io.ReadAll(io.LimitReader(res.Body, 64<<10))
 		if json.Unmarshal(body, &e) != nil || e.Message == "" {
-			e.Code, e.Message = string(api.Internal), "the daemon answers exec with "+res.Status
+			e.Code, e.Message = string(api.Internal), "the daemon answers "+op+" with "+res.Status
 		}
 		return fail(&api.Error{Code: api.Code(e.Code), Message: e.Message, Hint: e.Hint})
 	}

@@ -180,6 +180,10 @@ func (e *entry) existing() error {
 		return api.Errorf(api.Refused, "%s is for a new VM, and this repository has one: %s", flag, e.vm.Name).
 			WithHint("banger show %s", e.vm.Name)
 	}
+	if flag := e.flags.vm.network.missing(e.vm.Network); flag != "" {
+		return api.Errorf(api.Refused, "%s is for a new VM, and this repository has one: %s", flag, e.vm.Name).
+			WithHint("banger set %s %s", e.vm.Name, e.flags.vm.network.arguments())
+	}
 	return nil
 }
 
