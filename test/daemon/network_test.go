@@ -136,7 +136,7 @@ func TestNetworkOfAVM(t *testing.T) {
 	c, ctx := d.client(), d.ctx(t)
 	port := freePort(t)
 	err := c.do(ctx)(c.vms.Create(ctx, networked(&bangerv1.Network{
-		Allow: []string{"GitHub.com:443"}, Deny: []string{"203.0.113.9/24"}, Publish: []string{fmt.Sprintf("%d:80", port)},
+		Allow: []string{"GitHub.com:443"}, Deny: []string{"203.0.113.0/24"}, Publish: []string{fmt.Sprintf("%d:80", port)},
 	})))
 	if err != nil {
 		t.Fatal(err)

@@ -155,5 +155,8 @@ func refusedPort(p netwire.Publication, err error, hints portHints) error {
 	case errors.Is(err, unix.EADDRNOTAVAIL):
 		return api.Errorf(api.Invalid, "%s is no address of this host", p.Host.Addr()).WithHint("ip address")
 	}
+	if errno := unix.Errno(0); errors.As(err, &errno) {
+		err = errno
+	}
 	return api.Errorf(api.Refused, "port %s: %w", p.Host, err).WithHint("%s", hints.other(p))
 }

@@ -12,6 +12,7 @@ import (
 	"banger/api"
 	"banger/internal/daemon/store"
 	"banger/internal/guest/wire"
+	"banger/internal/netpolicy"
 	"banger/internal/netwire"
 	"banger/internal/shim"
 )
@@ -39,11 +40,12 @@ func (r SetRequest) apply(n netwire.Network) (netwire.Network, error) {
 		}
 	}
 	for _, add := range []struct {
+		action   netpolicy.Action
 		texts    []string
 		to, from *[]string
-	}{{r.Allow, &to.Allow, &to.Deny}, {r.Deny, &to.Deny, &to.Allow}} {
+	}{{netpolicy.Allow, r.Allow, &to.Allow, &to.Deny}, {netpolicy.Deny, r.Deny, &to.Deny, &to.Allow}} {
 		for _, text := range add.texts {
-			rule, err := canonicalRule(text)
+			rule, err := canonicalRule(add.action, text)
 			if err != nil {
 				return n, err
 			}
@@ -57,7 +59,11 @@ func (r SetRequest) apply(n netwire.Network) (netwire.Network, error) {
 		}
 	}
 	to.Publish = append(to.Publish, r.Publish...)
-	return canonicalNetwork(to)
+	to, err := canonicalNetwork(to)
+	if err != nil {
+		return n, err
+	}
+	return to, nil
 }
 
 // remove takes text out of list and says whether it was there.
@@ -68,7 +74,7 @@ func remove(list *[]string, text string) bool {
 }
 
 func forgetRule(n *netwire.Network, text string) error {
-	rule, err := canonicalRule(text)
+	rule, err := canonicalRule(netpolicy.Deny, text) // which takes all that allow takes
 	if err != nil {
 		return err
 	}

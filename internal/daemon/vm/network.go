@@ -42,10 +42,10 @@ func canonicalNetwork(n netwire.Network) (netwire.Network, error) {
 		return n, invalidNetwork(err)
 	}
 	to := netwire.Network{Preset: string(preset)}
-	if to.Allow, err = canonicalRules(n.Allow); err != nil {
+	if to.Allow, err = canonicalRules(netpolicy.Allow, n.Allow); err != nil {
 		return n, err
 	}
-	if to.Deny, err = canonicalRules(n.Deny); err != nil {
+	if to.Deny, err = canonicalRules(netpolicy.Deny, n.Deny); err != nil {
 		return n, err
 	}
 	if rules := len(to.Allow) + len(to.Deny); rules > maxRules {
@@ -70,9 +70,9 @@ func canonicalNetwork(n netwire.Network) (netwire.Network, error) {
 	return to, nil
 }
 
-func canonicalRules(texts []string) (rules []string, err error) {
+func canonicalRules(action netpolicy.Action, texts []string) (rules []string, err error) {
 	for _, text := range texts {
-		rule, err := canonicalRule(text)
+		rule, err := canonicalRule(action, text)
 		if err != nil {
 			return nil, err
 		}
@@ -83,8 +83,8 @@ func canonicalRules(texts []string) (rules []string, err error) {
 	return rules, nil
 }
 
-func canonicalRule(text string) (string, error) {
-	rule, err := netpolicy.ParseRule(netpolicy.Allow, text)
+func canonicalRule(action netpolicy.Action, text string) (string, error) {
+	rule, err := netpolicy.ParseRule(action, text)
 	if err != nil {
 		return "", invalidNetwork(err)
 	}
