@@ -136,6 +136,9 @@ func New(preset Preset, allow, deny []string) (Policy, error) {
 // Judge says whether the guest may have f.
 func (p Policy) Judge(f Flow) Verdict {
 	f = f.clean()
+	if !isProtocol(f.Protocol) {
+		return Verdict{Reason: "only tcp, udp and icmp are forwarded"}
+	}
 	d := p.decide(f, nil)
 	v := Verdict{Allowed: d.allowed, Name: d.name(f)}
 	if !d.allowed {
@@ -168,10 +171,9 @@ func (p Policy) Answer(name string, addr netip.Addr, own bool) Verdict {
 	f := Flow{Address: addr, Names: []string{name}, Own: own}.clean()
 	v := Verdict{Name: f.Names[0]}
 	class := zoneOf(f).class
-	if inner, ok := Embedded(f.Address); ok && class == public {
-		outer := f
-		outer.Address = inner
-		class = zoneOf(outer).class
+	inner, embeds := Embedded(f.Address)
+	if embeds && class == public {
+		class = zoneOfAddress(inner).class
 	}
 	if class == public || v.Name == HostName {
 		v.Allowed = true
@@ -181,14 +183,13 @@ func (p Policy) Answer(name string, addr netip.Addr, own bool) Verdict {
 		return v
 	}
 	v.Reason = class.String()
-	subjects := []Rule{{Prefix: single(f.Address)}, {Protocol: "tcp", Prefix: single(f.Address)}}
-	if inner, ok := Embedded(f.Address); ok {
-		subjects = append(subjects, Rule{Prefix: single(inner)})
+	if !embeds {
+		inner = f.Address
 	}
-	for i := range subjects {
-		subjects[i].Action = Allow
-	}
-	v.Rule = firstThat(subjects, func(r Rule) bool { return p.opensSome(f, &r) })
+	v.Rule = firstThat([]Rule{
+		{Action: Allow, Prefix: single(f.Address)}, {Action: Allow, Protocol: "tcp", Prefix: single(f.Address)},
+		{Action: Allow, Prefix: single(inner)}, {Action: Allow, Protocol: "tcp", Prefix: single(inner)},
+	}, func(r Rule) bool { return p.opensSome(f, &r) })
 	return v
 }
 
@@ -298,7 +299,11 @@ func (p Policy) opensSome(f Flow, extra *Rule) bool {
 	if extra != nil {
 		add(*extra)
 	}
-	for _, f.Protocol = range []string{"icmp", "tcp", "udp"} {
+	f.Protocol, f.Port = "icmp", 0
+	if near.decide(f, extra).allowed {
+		return true
+	}
+	for _, f.Protocol = range []string{"tcp", "udp"} {
 		for _, f.Port = range starts {
 			if near.decide(f, extra).allowed {
 				return true
@@ -369,6 +374,17 @@ func (f Flow) names() []string {
 	return f.Names
 }
 
-func cleanName(name string) string { return strings.TrimSuffix(strings.ToLower(name), ".") }
+func cleanName(name string) string { return strings.TrimSuffix(lower(name), ".") }
+
+// lower is for ASCII only, as DNS is: Unicode has letters whose lower case is ASCII.
+func lower(s string) string {
+	b := []byte(s)
+	for i, c := range b {
+		if 'A' <= c && c <= 'Z' {
+			b[i] = c + 'a' - 'A'
+		}
+	}
+	return string(b)
+}
 
 func single(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }

@@ -52,7 +52,7 @@ func parseRule(action Action, text string) (r Rule, fault *SyntaxError) {
 	if i := strings.IndexByte(text, ' '); i == 0 {
 		return r, faultf(0, "a protocol, a name or an address is expected, not a space")
 	} else if i > 0 {
-		r.Protocol = strings.ToLower(text[:i])
+		r.Protocol = lower(text[:i])
 		if !isProtocol(r.Protocol) {
 			return r, faultf(0, "the word before a space is a protocol: tcp, udp or icmp")
 		}
@@ -160,7 +160,7 @@ func (r *Rule) parseTarget(s string) *SyntaxError {
 // its odd forms too: its last label is a number.
 func isNumeric(host string) bool {
 	host = strings.TrimSuffix(host, ".")
-	label := strings.ToLower(host[strings.LastIndexByte(host, '.')+1:])
+	label := lower(host[strings.LastIndexByte(host, '.')+1:])
 	if hex, ok := strings.CutPrefix(label, "0x"); ok {
 		return strings.Trim(hex, "0123456789abcdef") == ""
 	}
@@ -172,9 +172,9 @@ func (r *Rule) parsePrefix(s string, most int) *SyntaxError {
 	text, length, slash := strings.Cut(s, "/")
 	a, err := netip.ParseAddr(text)
 	switch {
-	case most == 32 && (err != nil || !a.Is4()):
+	case most == 32 && err != nil:
 		return faultf(0, "an IPv4 address is four decimal numbers from 0 to 255, without leading zeros; odd forms are refused")
-	case err != nil || !a.Is6():
+	case err != nil || most == 128 && a.Is4():
 		return faultf(0, "%q is no IPv6 address", text)
 	case a.Zone() != "":
 		return faultf(strings.IndexByte(text, '%'), "an address without a zone is expected")
@@ -218,8 +218,6 @@ func nameFault(s string) *SyntaxError {
 	}
 	at := 0
 	for label := range strings.SplitSeq(name, ".") {
-		// name is s in lower case, which changes the length of no ASCII text, and the
-		// first byte that is not ASCII ends the way.
 		if fault := labelFault(label); fault != nil {
 			return within(at, fault)
 		}
