@@ -6,7 +6,7 @@
 //
 //	initramfs  mount sys, dev → read the configuration → load modules → find and
 //	           mount the root disk → grow its file system → switch root
-//	image      mount proc, sys, dev, run → clock, names, user, kernel modules →
+//	image      mount proc, sys, dev, run → clock, network, names, user, kernel modules →
 //	           start the agent → exec systemd, or stay PID 1
 //	the end    as systemd's /run/initramfs/shutdown, or after the agent's word:
 //	           unmount → write the intent to the console → restart the machine
@@ -122,7 +122,9 @@ func (g *guest) run() (err error) {
 	usable := []func() error{
 		g.setClock,
 		loopbackUp,
+		g.networkUp,
 		g.setNames,
+		g.setResolver,
 		g.makeUser,
 	}
 	for _, step := range usable {

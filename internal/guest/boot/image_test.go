@@ -163,7 +163,7 @@ func TestMakeUserAfterCrash(t *testing.T) {
 func TestWriteNames(t *testing.T) {
 	root := testImage(t, map[string]string{"etc/hosts": "10.0.0.1 db # mine\n"})
 	id := strings.Repeat("0f", 16)
-	if err := writeNames(root, "shop", id); err != nil {
+	if err := writeNames(root, "shop", id, ""); err != nil {
 		t.Fatal(err)
 	}
 	if got := read(t, root, "etc/hostname"); got != "shop\n" {
@@ -173,7 +173,7 @@ func TestWriteNames(t *testing.T) {
 		t.Errorf("machine-id %q", got)
 	}
 	before := inodes(t, root)
-	if err := writeNames(root, "shop", id); err != nil {
+	if err := writeNames(root, "shop", id, ""); err != nil {
 		t.Fatal(err)
 	}
 	for name, ino := range inodes(t, root) {
@@ -181,27 +181,28 @@ func TestWriteNames(t *testing.T) {
 			t.Errorf("the second boot replaced %s", name)
 		}
 	}
-	if err := writeNames(root, "shop-2", id); err != nil {
+	if err := writeNames(root, "shop-2", id, "10.0.2.2 gate"); err != nil {
 		t.Fatal(err)
 	}
-	want := "10.0.0.1 db # mine\n127.0.0.1 localhost # banger\n::1 localhost ip6-localhost ip6-loopback # banger\n127.0.1.1 shop-2 # banger\n"
+	want := "10.0.0.1 db # mine\n127.0.0.1 localhost # banger\n::1 localhost ip6-localhost ip6-loopback # banger\n127.0.1.1 shop-2 # banger\n10.0.2.2 gate # banger\n"
 	if got := read(t, root, "etc/hosts"); got != want {
 		t.Errorf("hosts %q, want %q", got, want)
 	}
 }
 
 func TestHostsFile(t *testing.T) {
-	for _, tt := range []struct{ in, want string }{
-		{"127.0.0.1 localhost\n", "127.0.0.1 localhost\n127.0.1.1 shop # banger\n"},
-		{"127.0.0.1\tfoo localhost", "127.0.0.1\tfoo localhost\n127.0.1.1 shop # banger\n"},
-		{"127.0.1.1 old # banger\n127.0.0.1 localhost\n\n# end\n", "127.0.0.1 localhost\n\n# end\n127.0.1.1 shop # banger\n"},
-		{"#127.0.0.1 localhost\n", "#127.0.0.1 localhost\n127.0.0.1 localhost # banger\n::1 localhost ip6-localhost ip6-loopback # banger\n127.0.1.1 shop # banger\n"},
+	for _, tt := range []struct{ in, more, want string }{
+		{"127.0.0.1 localhost\n", "", "127.0.0.1 localhost\n127.0.1.1 shop # banger\n"},
+		{"127.0.0.1\tfoo localhost", "", "127.0.0.1\tfoo localhost\n127.0.1.1 shop # banger\n"},
+		{"127.0.1.1 old # banger\n127.0.0.1 localhost\n\n# end\n", "", "127.0.0.1 localhost\n\n# end\n127.0.1.1 shop # banger\n"},
+		{"#127.0.0.1 localhost\n", "", "#127.0.0.1 localhost\n127.0.0.1 localhost # banger\n::1 localhost ip6-localhost ip6-loopback # banger\n127.0.1.1 shop # banger\n"},
+		{"127.0.0.1 localhost\n10.9.9.9 gate # banger\n", "10.0.2.2 gate", "127.0.0.1 localhost\n127.0.1.1 shop # banger\n10.0.2.2 gate # banger\n"},
 	} {
-		got := hostsFile(tt.in, "shop")
+		got := hostsFile(tt.in, "shop", tt.more)
 		if got != tt.want {
 			t.Errorf("hostsFile(%q) = %q, want %q", tt.in, got, tt.want)
 		}
-		if again := hostsFile(got, "shop"); again != got {
+		if again := hostsFile(got, "shop", tt.more); again != got {
 			t.Errorf("hostsFile(%q) is not stable: %q", got, again)
 		}
 	}

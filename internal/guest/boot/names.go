@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"banger/internal/guest/wire"
 )
 
 // hostsMark ends the lines of /etc/hosts that are banger's.
@@ -22,11 +24,19 @@ func (g *guest) setNames() error {
 	if err != nil {
 		err = fmt.Errorf("cannot set the host name: %w", err)
 	}
-	return errors.Join(err, writeNames("/", id.Hostname, id.MachineID))
+	return errors.Join(err, writeNames("/", id.Hostname, id.MachineID, gatewayLine(g.cfg.Network)))
 }
 
-// writeNames writes the files of setNames below root.
-func writeNames(root, hostname, machineID string) error {
+// gatewayLine is the line of /etc/hosts that names the gateway, or nothing.
+func gatewayLine(n *wire.Network) string {
+	if n == nil || n.HostName == "" {
+		return ""
+	}
+	return n.Gateway + " " + n.HostName
+}
+
+// writeNames writes the files of setNames below root. more is a line for hosts.
+func writeNames(root, hostname, machineID, more string) error {
 	etc := filepath.Join(root, "etc")
 	hosts, _, err := readOptional(filepath.Join(etc, "hosts"))
 	if err != nil {
@@ -37,7 +47,7 @@ func writeNames(root, hostname, machineID string) error {
 		perm          os.FileMode
 	}{
 		{"hostname", hostname + "\n", 0o644},
-		{"hosts", hostsFile(hosts, hostname), 0o644},
+		{"hosts", hostsFile(hosts, hostname, more), 0o644},
 		{"machine-id", machineID + "\n", 0o444},
 	} {
 		if err := replaceFile(filepath.Join(etc, f.name), f.content, f.perm); err != nil {
@@ -47,9 +57,9 @@ func writeNames(root, hostname, machineID string) error {
 	return nil
 }
 
-// hostsFile is the content of /etc/hosts with the guest's own name in it. Lines
-// that are not banger's stay as they are.
-func hostsFile(content, hostname string) string {
+// hostsFile is the content of /etc/hosts with the guest's own name and the line more
+// in it. Lines that are not banger's stay as they are.
+func hostsFile(content, hostname, more string) string {
 	var out strings.Builder
 	local := false
 	for line := range strings.Lines(content) {
@@ -70,6 +80,9 @@ func hostsFile(content, hostname string) string {
 		out.WriteString("::1 localhost ip6-localhost ip6-loopback " + hostsMark + "\n")
 	}
 	out.WriteString("127.0.1.1 " + hostname + " " + hostsMark + "\n")
+	if more != "" {
+		out.WriteString(more + " " + hostsMark + "\n")
+	}
 	return out.String()
 }
 
@@ -110,27 +123,6 @@ func setClock(t time.Time) error {
 	ts := unix.NsecToTimespec(t.UnixNano())
 	if err := unix.ClockSettime(unix.CLOCK_REALTIME, &ts); err != nil {
 		return fmt.Errorf("cannot set the clock: %w", err)
-	}
-	return nil
-}
-
-// loopbackUp sets the flag of lo; the kernel then gives it 127.0.0.1 and ::1.
-func loopbackUp() error {
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("cannot set lo up: %w", err)
-	}
-	defer unix.Close(fd)
-	req, err := unix.NewIfreq("lo")
-	if err != nil {
-		return fmt.Errorf("cannot set lo up: %w", err)
-	}
-	if err := unix.IoctlIfreq(fd, unix.SIOCGIFFLAGS, req); err != nil {
-		return fmt.Errorf("cannot set lo up: %w", err)
-	}
-	req.SetUint16(req.Uint16() | unix.IFF_UP)
-	if err := unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, req); err != nil {
-		return fmt.Errorf("cannot set lo up: %w", err)
 	}
 	return nil
 }
