@@ -105,8 +105,8 @@ func TestResolvConf(t *testing.T) {
 	}
 }
 
-// TestUpstreamIsAway: the answer comes at once and says why. The deadline is far below
-// the time of an attempt that waits.
+// TestUpstreamIsAway: the answer says why. One that waited would say that the resolver
+// does not answer.
 func TestUpstreamIsAway(t *testing.T) {
 	closed := closedPort(t)
 	address := strings.NewReplacer("[", "", "]", "").Replace(closed)
@@ -324,7 +324,9 @@ func TestUpstreamSeesLittle(t *testing.T) {
 		if !answer.AuthenticatedData || answer.CheckingDisabled != m.CheckingDisabled || answer.IsEdns0().Do() != opt.Do() {
 			t.Errorf("%v", answer)
 		}
+		mu.Lock()
 		got := all[len(all)-1]
+		mu.Unlock()
 		sent := got.m.IsEdns0()
 		if !got.m.RecursionDesired || got.m.CheckingDisabled != m.CheckingDisabled || sent == nil || sent.Do() != opt.Do() || sent.UDPSize() != upstreamUDP || len(sent.Option) != 0 {
 			t.Errorf("sent %v", got.m)
