@@ -55,7 +55,7 @@ const marker = "what a user wrote"
 // TestEveryStep kills the daemon once at each step of each verb, and fails the step
 // there, with the daemon alive.
 func TestEveryStep(t *testing.T) {
-	w := newWorld(t)
+	w := newNetworkWorld(t)
 	for _, v := range verbs() {
 		points := w.discover(t, v)
 		if len(points) < 6 {
