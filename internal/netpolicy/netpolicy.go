@@ -313,7 +313,9 @@ func (p Policy) opensSome(f Flow, extra *Rule) bool {
 	return false
 }
 
-// hints are the allow rules that could open a clean flow, the best to read first.
+// hints are the allow rules that could open a clean flow, the best to read first. Names
+// from the guest's resolver that no rule can hold are left out, and HostName for anything
+// but the gateway, which it would open too.
 func hints(f Flow) (rules []Rule) {
 	var subjects []Rule
 	for _, name := range f.names() {

@@ -89,6 +89,7 @@ func TestJudge(t *testing.T) {
 		{None, "+example.test", web, list, "a.example.test:443", "a.example.test"},
 		{None, "+*.ample.test", web, list, "a.example.test:443", "a.example.test"},
 		{None, "+a.example.test", "tcp 203.0.113.5:443", list, "203.0.113.5:443", ""},
+		{None, "+k.test", "tcp 203.0.113.5:443 \u212a.test", list, "203.0.113.5:443", "\u212a.test"}, // Kelvin, not k
 		{None, "+b.test", "tcp 203.0.113.5:443 a.test b.test", "", "", "b.test"},
 		{Internet, "-203.0.113.5", web, `denied by the rule "203.0.113.5"`, "a.example.test:443", "a.example.test"},
 		{Internet, "-tcp 203.0.113.5:443", web, `denied by the rule "tcp 203.0.113.5:443"`, "", "a.example.test"},
@@ -117,6 +118,10 @@ func TestJudge(t *testing.T) {
 		{None, "+203.0.113.0/24:443; -203.0.113.0/24:443", web, `denied by the rule "203.0.113.0/24:443"`, "a.example.test:443", "a.example.test"},
 		{None, "+tcp 203.0.113.5:443; -a.example.test:443; +*.example.test", web, "", "", "a.example.test"},
 		{Internet, "-0.0.0.0/0; +0.0.0.0/0:443", web, "", "", "a.example.test"},
+
+		// Of equals, the first by its text is the one that is named.
+		{Internet, "-a.example.test; -203.0.113.5", web, `denied by the rule "203.0.113.5"`, "a.example.test:443", "a.example.test"},
+		{Internet, "-203.0.113.5; -a.example.test", web, `denied by the rule "203.0.113.5"`, "a.example.test:443", "a.example.test"},
 
 		// Special ranges: a name, a wide prefix and equal terms.
 		{Internet, "+nas.test", "tcp 10.0.0.5:80 nas.test", "private network", "10.0.0.5:80", "nas.test"},
