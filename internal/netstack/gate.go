@@ -1,0 +1,135 @@
+package netstack
+
+import (
+	"net/netip"
+	"sync"
+	"sync/atomic"
+
+	"banger/internal/netpolicy"
+	"banger/internal/netwire"
+)
+
+// gate judges what the guest asks for and keeps what it was given, so that a new policy
+// can take it back.
+type gate struct {
+	own   func(netip.Addr) bool // tells the addresses of the host's interfaces
+	names *names
+	log   *refusalLog
+
+	policy         atomic.Pointer[netpolicy.Policy]
+	sent, received atomic.Int64 // bytes of payload, of the guest
+
+	mu    sync.Mutex // a leaf
+	flows map[*flow]struct{}
+	open  map[string]int // of flows, by protocol
+}
+
+// flow is something that the gate let through.
+type flow struct {
+	netpolicy.Flow
+	// end breaks it off. It is called at most once by the gate, and must not wait.
+	end func()
+}
+
+func newGate(own func(netip.Addr) bool, log *refusalLog) *gate {
+	g := &gate{own: own, names: newNames(), log: log, flows: make(map[*flow]struct{}), open: make(map[string]int)}
+	g.policy.Store(new(netpolicy.Policy)) // which forbids all
+	return g
+}
+
+// judge says whether the guest may have to, and logs when not. The flow's address is where
+// it really goes: the gateway is the host's loopback.
+func (g *gate) judge(protocol string, to netip.AddrPort) (netpolicy.Flow, bool) {
+	f := netpolicy.Flow{Protocol: protocol, Address: to.Addr(), Port: to.Port()}
+	if to.Addr() == netwire.Gateway() {
+		f.Gateway, f.Address = true, netip.AddrFrom4([4]byte{127, 0, 0, 1})
+		f.Names = []string{netwire.HostName}
+	} else {
+		f.Names, f.Own = g.names.lookup(to.Addr()), g.own(to.Addr())
+	}
+	verdict := g.policy.Load().Judge(f)
+	if !verdict.Allowed {
+		g.log.add(netwire.Entry{Protocol: protocol, Target: target(protocol, to), Name: verdict.Name,
+			Reason: verdict.Reason, Rule: verdict.Rule})
+	}
+	return f, verdict.Allowed
+}
+
+// refuse logs what was refused for another reason than the policy's.
+func (g *gate) refuse(protocol string, to netip.AddrPort, reason string) {
+	g.log.add(netwire.Entry{Protocol: protocol, Target: target(protocol, to), Reason: reason})
+}
+
+func target(protocol string, to netip.AddrPort) string {
+	if protocol == "tcp" || protocol == "udp" {
+		return to.String()
+	}
+	return to.Addr().String()
+}
+
+// enter makes f known until leave; end breaks it off. It is false when the policy has
+// changed its mind since f was judged, or room is used up.
+func (g *gate) enter(f netpolicy.Flow, most int, end func()) (*flow, bool) {
+	kept := &flow{Flow: f, end: end}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.open[f.Protocol] >= most || !g.policy.Load().Judge(f).Allowed {
+		return nil, false
+	}
+	g.flows[kept] = struct{}{}
+	g.open[f.Protocol]++
+	return kept, true
+}
+
+func (g *gate) leave(f *flow) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.dropLocked(f)
+}
+
+func (g *gate) dropLocked(f *flow) {
+	if _, ok := g.flows[f]; ok {
+		delete(g.flows, f)
+		g.open[f.Protocol]--
+	}
+}
+
+// count counts the open flows of a protocol.
+func (g *gate) count(protocol string) int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.open[protocol]
+}
+
+// setPolicy puts p in force and breaks off what it forbids.
+func (g *gate) setPolicy(p netpolicy.Policy) {
+	g.policy.Store(&p)
+	g.cut(func(f *flow) bool {
+		asked := f.Flow
+		if !asked.Gateway {
+			asked.Own = g.own(asked.Address)
+		}
+		return !p.Judge(asked).Allowed
+	})
+}
+
+// relieve breaks off all.
+func (g *gate) relieve() {
+	g.log.add(netwire.Entry{Target: "all connections", Reason: "together they held too much memory"})
+	g.cut(func(*flow) bool { return true })
+}
+
+func (g *gate) cut(which func(*flow) bool) {
+	var ends []func()
+	g.mu.Lock()
+	for f := range g.flows {
+		if which(f) {
+			g.dropLocked(f)
+			ends = append(ends, f.end)
+		}
+	}
+	g.mu.Unlock()
+	for _, end := range ends {
+		end()
+	}
+}

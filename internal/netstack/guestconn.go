@@ -1,0 +1,69 @@
+package netstack
+
+import (
+	"context"
+	"errors"
+	"net"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/waiter"
+)
+
+// guestConn is a TCP connection with the guest that can be reset.
+type guestConn struct {
+	*gonet.TCPConn
+	endpoint tcpip.Endpoint
+}
+
+func newGuestConn(queue *waiter.Queue, endpoint tcpip.Endpoint) guestConn {
+	return guestConn{gonet.NewTCPConn(queue, endpoint), endpoint}
+}
+
+// Abort ends the connection with a reset.
+func (c guestConn) Abort() { c.endpoint.Abort() }
+
+// errRefused is a guest that answers a connection with a reset.
+var errRefused = errors.New("the guest refuses the connection")
+
+// dialGuest connects to a port of the guest, from the gateway.
+func (n *network) dialGuest(ctx context.Context, protocol string, port uint16) (net.Conn, error) {
+	to := tcpip.FullAddress{NIC: card, Addr: guestAddress(), Port: port}
+	from := tcpip.FullAddress{NIC: card, Addr: gatewayAddress()}
+	if protocol == "udp" {
+		return gonet.DialUDP(n.stack, &from, &to, ipv4.ProtocolNumber)
+	}
+	ctx, cancel := context.WithTimeout(ctx, guestTimeout)
+	defer cancel()
+	var queue waiter.Queue
+	endpoint, err := n.stack.NewEndpoint(tcp.ProtocolNumber, ipv4.ProtocolNumber, &queue)
+	if err != nil {
+		return nil, errors.New(err.String())
+	}
+	tune(endpoint, n.gate.count("tcp"))
+	connected, ready := waiter.NewChannelEntry(waiter.WritableEvents)
+	queue.EventRegister(&connected)
+	defer queue.EventUnregister(&connected)
+	if err = endpoint.Bind(from); err == nil {
+		err = endpoint.Connect(to)
+	}
+	if _, started := err.(*tcpip.ErrConnectStarted); started {
+		select {
+		case <-ctx.Done():
+			endpoint.Abort()
+			return nil, ctx.Err()
+		case <-ready:
+		}
+		err = endpoint.LastError()
+	}
+	if err != nil {
+		endpoint.Close()
+		if _, refused := err.(*tcpip.ErrConnectionRefused); refused {
+			return nil, errRefused
+		}
+		return nil, errors.New(err.String())
+	}
+	return newGuestConn(&queue, endpoint), nil
+}

@@ -1,0 +1,61 @@
+package netstack
+
+import "time"
+
+// What a guest may make this process hold. Together it stays below 64 MiB: see
+// bounds_test.go, and heap.go for what all else misses.
+const (
+	// maxConnections bounds the guest's TCP connections, those to published ports apart.
+	maxConnections = 1024
+	// maxHandshakes bounds those that are being made, on either side.
+	maxHandshakes = 512
+	// maxFlows bounds UDP flows.
+	maxFlows = 512
+	// maxPings and maxLookups bound what is under way.
+	maxPings   = 32
+	maxLookups = 256
+	// linkQueue bounds what waits for QEMU to read it, in bytes.
+	linkQueue = 2 << 20
+)
+
+const (
+	// dialTimeout bounds a connection to the outside: a third of what Linux takes.
+	dialTimeout = 20 * time.Second
+	// guestTimeout bounds a connection to the guest, for a published port.
+	guestTimeout = 10 * time.Second
+	// flowIdle ends a UDP flow. Shorter than that of most routers on the way.
+	flowIdle = 60 * time.Second
+	pingWait = 5 * time.Second
+)
+
+// The buffers of a TCP connection in the stack, for each direction. A connection alone
+// needs bufferMost for its throughput; their sum must not grow with their number.
+const (
+	bufferMost  = 1 << 20
+	bufferLeast = 4 << 10
+	bufferAlone = 4 // connections that have bufferMost
+	// A connection that is made while more than manyConnections are open gets a window of
+	// bufferLeast from its first packet on.
+	manyConnections = 64
+	// synWindow is the window of the others' first packet; it is 16 bits wide.
+	synWindow = 64<<10 - 1
+	// datagrams is what waits in one UDP flow, in bytes; one of any size always does.
+	datagrams = 16 << 10
+)
+
+// bufferSize is the buffer of the count'th connection. It falls with the square: 1,024
+// connections have 12 MiB together.
+func bufferSize(count int) int {
+	if count <= bufferAlone {
+		return bufferMost
+	}
+	return max(bufferMost*bufferAlone*bufferAlone/(count*count), bufferLeast)
+}
+
+// copySize is what a connection copies at a time, in bytes.
+func copySize(count int) int {
+	if count <= manyConnections {
+		return 64 << 10
+	}
+	return bufferLeast
+}

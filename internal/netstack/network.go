@@ -1,0 +1,265 @@
+package netstack
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"sync"
+	"syscall"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/network/arp"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/icmp"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
+	"gvisor.dev/gvisor/pkg/waiter"
+
+	"banger/internal/netwire"
+)
+
+// card is the number of the only network card that the stack has.
+const card tcpip.NICID = 1
+
+func gatewayAddress() tcpip.Address { return tcpip.AddrFrom4(netwire.Gateway().As4()) }
+func guestAddress() tcpip.Address   { return tcpip.AddrFrom4(netwire.Guest().Addr().As4()) }
+
+func addrPort(a tcpip.Address, port uint16) netip.AddrPort {
+	return netip.AddrPortFrom(netip.AddrFrom4(a.As4()), port)
+}
+
+// network is the stack with what listens in it.
+type network struct {
+	gate     *gate
+	link     *link
+	stack    *stack.Stack
+	resolver *resolver
+	wide     *tcp.Forwarder // for the first connections
+	narrow   *tcp.Forwarder // for the others, with a small first window
+	pings    chan struct{}
+	lookups  chan struct{}
+	// datagrams are buffers of maxDatagram bytes, *[]byte.
+	datagrams sync.Pool
+	guests    sync.WaitGroup // goroutines that serve the guest
+
+	ctx    context.Context
+	cancel context.CancelFunc
+}
+
+// newNetwork makes the stack. close ends it.
+func newNetwork(mac net.HardwareAddr, g *gate, r *resolver) (*network, error) {
+	n := &network{
+		gate: g, link: newLink(mac, g.refuse), resolver: r,
+		pings: make(chan struct{}, maxPings), lookups: make(chan struct{}, maxLookups),
+		datagrams: sync.Pool{New: func() any { b := make([]byte, maxDatagram); return &b }},
+	}
+	n.ctx, n.cancel = context.WithCancel(context.Background())
+	n.stack = stack.New(stack.Options{
+		NetworkProtocols:   []stack.NetworkProtocolFactory{ipv4.NewProtocol, arp.NewProtocol},
+		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol, icmp.NewProtocol4},
+	})
+	if err := n.configure(); err != nil {
+		n.close()
+		return nil, fmt.Errorf("cannot make the network: %w", err)
+	}
+	return n, nil
+}
+
+func (n *network) configure() error {
+	sack := tcpip.TCPSACKEnabled(true)
+	receive := tcpip.TCPReceiveBufferSizeRangeOption{Min: bufferLeast, Default: synWindow, Max: bufferMost}
+	send := tcpip.TCPSendBufferSizeRangeOption{Min: bufferLeast, Default: bufferMost, Max: bufferMost}
+	for _, option := range []tcpip.SettableTransportProtocolOption{&sack, &receive, &send} {
+		if err := n.stack.SetTransportProtocolOption(tcp.ProtocolNumber, option); err != nil {
+			return errors.New(err.String())
+		}
+	}
+	for _, step := range []func() tcpip.Error{
+		func() tcpip.Error { return n.stack.CreateNIC(card, n.link) },
+		// With spoofing on, the stack would ask for the guest's address in the name of
+		// whoever the guest talks to.
+		func() tcpip.Error {
+			return n.stack.AddStaticNeighbor(card, ipv4.ProtocolNumber, guestAddress(), n.link.guest)
+		},
+		func() tcpip.Error {
+			return n.stack.AddProtocolAddress(card, tcpip.ProtocolAddress{
+				Protocol: ipv4.ProtocolNumber, AddressWithPrefix: gatewayAddress().WithPrefix(),
+			}, stack.AddressProperties{})
+		},
+		func() tcpip.Error { return n.stack.SetPromiscuousMode(card, true) }, // take what is for others
+		func() tcpip.Error { return n.stack.SetSpoofing(card, true) },        // answer in their name
+	} {
+		if err := step(); err != nil {
+			return errors.New(err.String())
+		}
+	}
+	n.stack.SetRouteTable([]tcpip.Route{{Destination: guestAddress().WithPrefix().Subnet(), NIC: card}})
+
+	n.wide = tcp.NewForwarder(n.stack, synWindow, maxHandshakes, n.serveTCP)
+	n.narrow = tcp.NewForwarder(n.stack, bufferLeast, maxHandshakes, n.serveTCP)
+	n.stack.SetTransportProtocolHandler(tcp.ProtocolNumber, func(id stack.TransportEndpointID, p *stack.PacketBuffer) bool {
+		if n.gate.count("tcp") > manyConnections {
+			return n.narrow.HandlePacket(id, p)
+		}
+		return n.wide.HandlePacket(id, p)
+	})
+	n.stack.SetTransportProtocolHandler(udp.ProtocolNumber, udp.NewForwarder(n.stack, n.serveUDP).HandlePacket)
+	n.stack.SetTransportProtocolHandler(icmp.ProtocolNumber4, n.servePing)
+	return n.listenDNS()
+}
+
+// run carries packets until ctx ends.
+func (n *network) run(ctx context.Context, socket string) error { return n.link.run(ctx, socket) }
+
+// close ends all flows.
+func (n *network) close() {
+	n.cancel()
+	n.gate.cut(func(*flow) bool { return true })
+	n.stack.Close()
+	n.guests.Wait()
+	n.stack.Wait()
+}
+
+// serveTCP answers the guest's first packet of a connection. The outside is asked first,
+// so that the guest sees what it would see there.
+func (n *network) serveTCP(r *tcp.ForwarderRequest) {
+	n.guests.Add(1)
+	defer n.guests.Done()
+	to := addrPort(r.ID().LocalAddress, r.ID().LocalPort)
+	f, ok := n.gate.judge("tcp", to)
+	if !ok {
+		r.Complete(true)
+		return
+	}
+	ctx, cancel := context.WithTimeout(n.ctx, dialTimeout)
+	defer cancel()
+	conn := newSplice(n.gate)
+	kept, ok := n.gate.enter(f, maxConnections, func() { cancel(); conn.abort() })
+	if !ok {
+		n.gate.refuse("tcp", to, fmt.Sprintf("the VM has %d connections already", maxConnections))
+		r.Complete(true)
+		return
+	}
+	defer n.gate.leave(kept)
+	outside, err := dialOutside(ctx, "tcp", netip.AddrPortFrom(f.Address, f.Port))
+	if err != nil {
+		n.explain("tcp", to, err)
+		r.Complete(true)
+		return
+	}
+	var queue waiter.Queue
+	endpoint, problem := r.CreateEndpoint(&queue)
+	r.Complete(false)
+	if problem != nil {
+		abort(outside)
+		return
+	}
+	count := n.gate.count("tcp")
+	tune(endpoint, count)
+	conn.run(newGuestConn(&queue, endpoint), outside, copySize(count))
+}
+
+// tune bounds what the stack keeps for a connection.
+func tune(endpoint tcpip.Endpoint, count int) {
+	options := endpoint.SocketOptions()
+	options.SetReceiveBufferSize(int64(bufferSize(count)), true)
+	options.SetSendBufferSize(int64(bufferSize(count)), true)
+	options.SetKeepAlive(true)
+	options.SetDelayOption(false)
+}
+
+// keepAlive finds connections whose other end is gone, within minutes.
+func keepAlive() net.KeepAliveConfig {
+	return net.KeepAliveConfig{Enable: true, Idle: time.Minute, Interval: 15 * time.Second, Count: 6}
+}
+
+func dialOutside(ctx context.Context, network string, to netip.AddrPort) (net.Conn, error) {
+	d := net.Dialer{KeepAliveConfig: keepAlive()}
+	return d.DialContext(ctx, network, to.String())
+}
+
+// explain logs what a user would look for on the side of the guest and cannot find there.
+func (n *network) explain(protocol string, to netip.AddrPort, err error) {
+	switch {
+	case errors.Is(err, syscall.ENETUNREACH):
+		n.gate.refuse(protocol, to, "the host has no network that leads there")
+	case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE):
+		n.gate.refuse(protocol, to, "the host gives no more open files")
+	}
+}
+
+// listenDNS listens on the gateway's port 53.
+func (n *network) listenDNS() error {
+	at := tcpip.FullAddress{NIC: card, Addr: gatewayAddress(), Port: 53}
+	datagrams, err := gonet.DialUDP(n.stack, &at, nil, ipv4.ProtocolNumber)
+	if err != nil {
+		return err
+	}
+	listener, err := gonet.ListenTCP(n.stack, at, ipv4.ProtocolNumber)
+	if err != nil {
+		datagrams.Close()
+		return err
+	}
+	context.AfterFunc(n.ctx, func() {
+		datagrams.Close()
+		listener.Shutdown()
+		listener.Close()
+	})
+	n.guests.Go(func() { n.answerDatagrams(datagrams) })
+	n.guests.Go(func() { n.answerConnections(listener) })
+	return nil
+}
+
+func (n *network) answerDatagrams(conn net.PacketConn) {
+	buf := make([]byte, header.UDPMinimumSize+netwire.MTU)
+	for {
+		size, from, err := conn.ReadFrom(buf)
+		if err != nil {
+			return
+		}
+		select {
+		case n.lookups <- struct{}{}:
+		default:
+			continue // the guest asks again
+		}
+		question := append([]byte(nil), buf[:min(size, dnsQuery+1)]...)
+		n.guests.Go(func() {
+			defer func() { <-n.lookups }()
+			if answer := n.resolver.exchange(n.ctx, question, false); answer != nil {
+				conn.WriteTo(answer, from)
+			}
+		})
+	}
+}
+
+// maxResolverConns bounds the connections to the resolver.
+const maxResolverConns = 64
+
+func (n *network) answerConnections(listener net.Listener) {
+	slots := make(chan struct{}, maxResolverConns)
+	for {
+		conn, err := listener.Accept()
+		if err != nil {
+			return
+		}
+		select {
+		case slots <- struct{}{}:
+		default:
+			conn.Close()
+			continue
+		}
+		n.guests.Go(func() {
+			defer func() { <-slots }()
+			stop := context.AfterFunc(n.ctx, func() { conn.Close() })
+			defer stop()
+			defer conn.Close()
+			n.resolver.serveTCP(n.ctx, conn)
+		})
+	}
+}

@@ -1,0 +1,164 @@
+package netstack
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
+	"gvisor.dev/gvisor/pkg/waiter"
+)
+
+// maxDatagram is the largest payload, in bytes.
+const maxDatagram = 64 << 10
+
+// serveUDP answers the guest's first datagram of a flow. False is a refusal: the stack
+// sends "port unreachable".
+func (n *network) serveUDP(r *udp.ForwarderRequest) bool {
+	to := addrPort(r.ID().LocalAddress, r.ID().LocalPort)
+	f, ok := n.gate.judge("udp", to)
+	if !ok {
+		return false
+	}
+	ctx, cancel := context.WithCancel(n.ctx)
+	kept, ok := n.gate.enter(f, maxFlows, cancel)
+	if !ok {
+		cancel()
+		n.gate.refuse("udp", to, fmt.Sprintf("the VM has %d UDP flows already", maxFlows))
+		return false
+	}
+	fail := func() bool {
+		n.gate.leave(kept)
+		cancel()
+		return false
+	}
+	outside, err := dialOutside(ctx, "udp", netip.AddrPortFrom(f.Address, f.Port))
+	if err != nil {
+		n.explain("udp", to, err)
+		return fail()
+	}
+	d := &datagramFlow{network: n, outside: outside.(*net.UDPConn), ctx: ctx, cancel: cancel}
+	endpoint, problem := r.CreateEndpoint(&d.queue)
+	if problem != nil {
+		outside.Close()
+		return fail()
+	}
+	endpoint.SocketOptions().SetReceiveBufferSize(datagrams, false)
+	d.guest = endpoint
+	n.guests.Go(func() {
+		defer n.gate.leave(kept)
+		d.run()
+	})
+	return true
+}
+
+// datagramFlow passes datagrams between one port of the guest and one outside. It holds a
+// buffer only while it has a datagram: there may be hundreds of flows.
+type datagramFlow struct {
+	network *network
+	guest   tcpip.Endpoint
+	queue   waiter.Queue
+	outside *net.UDPConn
+	ctx     context.Context
+	cancel  context.CancelFunc
+	used    atomic.Int64 // time of the last datagram, in nanoseconds since 1970
+}
+
+// run returns when no datagram has come for flowIdle, or ctx has ended.
+func (d *datagramFlow) run() {
+	defer d.cancel()
+	var ways sync.WaitGroup
+	ways.Go(d.up)
+	ways.Go(d.down)
+	for rest := flowIdle; rest > 0 && d.ctx.Err() == nil; {
+		timer := time.NewTimer(rest)
+		select {
+		case <-d.ctx.Done():
+		case <-timer.C:
+		}
+		timer.Stop()
+		rest = flowIdle - time.Since(time.Unix(0, d.used.Load()))
+	}
+	d.cancel()
+	d.outside.Close()
+	ways.Wait()
+	d.guest.Close()
+}
+
+func (d *datagramFlow) touch(count *atomic.Int64, size int) {
+	d.used.Store(time.Now().UnixNano())
+	count.Add(int64(size))
+}
+
+// up passes on what the guest sends.
+func (d *datagramFlow) up() {
+	defer d.cancel()
+	entry, ready := waiter.NewChannelEntry(waiter.ReadableEvents)
+	d.queue.EventRegister(&entry)
+	defer d.queue.EventUnregister(&entry)
+	for {
+		buf := d.network.datagrams.Get().(*[]byte)
+		w := tcpip.SliceWriter(*buf)
+		result, problem := d.guest.Read(&w, tcpip.ReadOptions{})
+		var err error
+		if problem == nil {
+			d.touch(&d.network.gate.sent, result.Count)
+			_, err = d.outside.Write((*buf)[:result.Count])
+		}
+		d.network.datagrams.Put(buf)
+		switch problem.(type) {
+		case nil:
+			// What is refused or too large is told about the datagram before, or lost.
+			if err != nil && !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, syscall.EMSGSIZE) {
+				return
+			}
+		case *tcpip.ErrWouldBlock:
+			select {
+			case <-d.ctx.Done():
+				return
+			case <-ready:
+			}
+		default:
+			return
+		}
+	}
+}
+
+// down passes on what comes from outside. The socket is connected: it comes from whom the
+// guest has asked.
+func (d *datagramFlow) down() {
+	defer d.cancel()
+	raw, err := d.outside.SyscallConn()
+	for err == nil {
+		var size int
+		var buf *[]byte
+		waited := raw.Read(func(fd uintptr) bool {
+			buf = d.network.datagrams.Get().(*[]byte)
+			size, err = unix.Read(int(fd), *buf)
+			if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINTR) {
+				d.network.datagrams.Put(buf)
+				return false
+			}
+			return true
+		})
+		if waited != nil {
+			return // closed
+		}
+		if err == nil {
+			d.touch(&d.network.gate.received, size)
+			// A guest that takes nothing loses datagrams, as on every network.
+			d.guest.Write(newPayload((*buf)[:size]), tcpip.WriteOptions{})
+		} else if errors.Is(err, syscall.ECONNREFUSED) {
+			err = nil
+		}
+		d.network.datagrams.Put(buf)
+	}
+}
