@@ -29,7 +29,7 @@ type asked struct {
 	entries []netwire.Entry
 }
 
-// ask makes a resolver with the servers of conf, which is resolv.conf's text.
+// newAsked makes a resolver with the servers of conf, which is resolv.conf's text.
 func newAsked(t *testing.T, conf string) *asked {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "resolv.conf")
@@ -240,6 +240,8 @@ func TestDNSAnswersAreJudged(t *testing.T) {
 			"NOERROR; c.example. A 203.0.113.9; B.example. CNAME c.example.; q.example. CNAME b.example.", "b.example c.example q.example", nil},
 		{"a loop", dns.TypeA, []string{"q.example. CNAME b.example.", "b.example. CNAME q.example.", "b.example. A 203.0.113.9"},
 			"NOERROR; q.example. CNAME b.example.; b.example. CNAME q.example.; b.example. A 203.0.113.9", "b.example q.example", nil},
+		{"an alias with an address", dns.TypeA, []string{"q.example. CNAME b.example.", "b.example. CNAME c.example.", "b.example. A 203.0.113.9"},
+			"NOERROR; q.example. CNAME b.example.; b.example. CNAME c.example.; b.example. A 203.0.113.9", "b.example q.example", nil},
 		{"beside the chain", dns.TypeA, []string{"other.example. A 203.0.113.9", "q.example. A 203.0.113.8"}, "NOERROR; q.example. A 203.0.113.8", "", nil},
 		{"private", dns.TypeA, []string{"q.example. A 10.1.2.3"}, "NOERROR; 17 the answer 10.1.2.3 is left out: private network", "",
 			[]string{"dns|q.example → 10.1.2.3|answer left out: private network|10.1.2.3"}},
