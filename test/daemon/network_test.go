@@ -380,6 +380,36 @@ func TestSetKilled(t *testing.T) {
 	}
 }
 
+// TestSetWhileItStarts: a change that comes in the middle of a start is not lost to what the
+// start read before.
+func TestSetWhileItStarts(t *testing.T) {
+	w := newNetworkWorld(t)
+	for _, point := range []string{"start/network/acquire/before", "start/network/acquire/effect", "start/agent/acquire/before"} {
+		d := w.start(t, "pause "+point, 0)
+		w.arrange(t, d, "stopped")
+		d.forget(t)
+		c, ctx := d.client(), d.ctx(t)
+		started := make(chan error, 1)
+		go func() {
+			started <- c.do(ctx)(c.vms.Start(ctx, &bangerv1.StartVMRequest{Ref: "v", Ready: bangerv1.Ready_READY_AGENT}))
+		}()
+		d.waitPoint(t, point)
+		if _, err := c.vms.Set(ctx, &bangerv1.SetVMRequest{Ref: "v", Preset: "host"}); err != nil {
+			t.Errorf("%s: %v", point, err)
+		}
+		d.resume(t)
+		if err := <-started; err != nil {
+			t.Errorf("%s: %v", point, err)
+		}
+		w.wantNetwork(t, d, netwire.Network{Preset: "host"})
+		w.clear(t, d)
+		d.stop(t)
+		if err := os.Remove(w.state + ".go"); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // netPID is the pid of the network's process of a running VM.
 func (w *world) netPID(t *testing.T, vm *bangerv1.VM) int {
 	t.Helper()

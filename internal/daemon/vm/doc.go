@@ -22,7 +22,8 @@
 // memory and in run/handles.json, and dies with the host's boot.
 //
 // An operation takes the VM's slot first (package opstate), then vmLocks for each
-// short change of the record; no lock is held over guest I/O, a boot or a pull.
+// short change of the record; no lock is held over guest I/O, a boot or a pull. A change
+// of the network needs no slot: it has networkLocks until banger-net has answered.
 // The daemon may be killed at any instruction: Recover makes the world fit the
 // records again.
 package vm
