@@ -126,11 +126,14 @@ func TestGuestConnBadGuests(t *testing.T) {
 		"a short ack":         {func(s *Stream) { s.Send(KindStdinAck, []byte{1}) }, "1 bytes instead of 4"},
 		"a broken service":    {func(s *Stream) { s.SendJSON(KindExit, Exit{Code: 1, Message: "connection\x1b reset"}) }, "broke the connection: connection reset"},
 		"a late refusal":      {func(s *Stream) { s.SendJSON(KindError, Error{Message: "late"}) }, "late"},
-		"the end":             {func(s *Stream) {}, "unexpected EOF"},
+		"the end":             {func(s *Stream) {}, ""},
 	} {
 		conn := scripted(t, func(s *Stream, _ Request) {
 			s.SendJSON(KindStarted, Started{})
 			c.script(s)
+			if name != "the end" {
+				drain(s)
+			}
 		})
 		g, err := DialGuest(t.Context(), conn, webPort)
 		if err != nil {
@@ -154,9 +157,22 @@ func TestGuestConnBadGuests(t *testing.T) {
 	}
 }
 
-// Close wakes a reader and a writer.
+// Close wakes a reader and a writer that waits for the window.
 func TestGuestConnClose(t *testing.T) {
-	conn := scripted(t, func(s *Stream, _ Request) { s.SendJSON(KindStarted, Started{}); drain(s) })
+	full := make(chan struct{})
+	conn := scripted(t, func(s *Stream, _ Request) {
+		s.SendJSON(KindStarted, Started{})
+		for got := 0; got < StdinWindow; {
+			_, payload, err := s.Recv()
+			if err != nil {
+				t.Error(err)
+				break
+			}
+			got += len(payload)
+		}
+		close(full)
+		drain(s)
+	})
 	c, err := DialGuest(t.Context(), conn, webPort)
 	if err != nil {
 		t.Fatal(err)
@@ -164,10 +180,16 @@ func TestGuestConnClose(t *testing.T) {
 	ended := make(chan error, 2)
 	go func() { _, err := c.Read(make([]byte, 1)); ended <- err }()
 	go func() { _, err := c.Write(make([]byte, 2*StdinWindow)); ended <- err }()
+	<-full
 	c.Close()
 	for range 2 {
-		if err := <-ended; !errors.Is(err, net.ErrClosed) {
-			t.Errorf("%v", err)
+		select {
+		case err := <-ended:
+			if !errors.Is(err, net.ErrClosed) {
+				t.Errorf("%v", err)
+			}
+		case <-time.After(10 * time.Second):
+			t.Fatal("one of them waits on")
 		}
 	}
 }
