@@ -85,7 +85,6 @@ func (g *guestEnd) outEOF() { wire.WriteFrame(g.conn, wire.KindStdoutEOF, nil) }
 // answer answers as a service that gets all and then gives answer(all), in pieces and
 // within the window.
 func (g *guestEnd) answer(answer func(string) string) {
-	g.started()
 	rest := answer(g.stdin())
 	free := wire.StdinWindow
 	for len(rest) > 0 {

@@ -22,10 +22,15 @@ import (
 // one.
 const daemonMode = "BANGER_CLI_TEST_BANGERD"
 
+// bangerMode, as the value of it, makes the test binary a banger.
+const bangerMode = "banger"
+
 func TestMain(m *testing.M) {
 	switch mode := os.Getenv(daemonMode); mode {
 	case "":
 		os.Exit(m.Run())
+	case bangerMode:
+		os.Exit(Main(os.Args[1:], os.Stdin, os.Stdout, os.Stderr, os.Environ()))
 	case "crash":
 		fmt.Fprintln(os.Stderr, "panic: the last words")
 		os.Exit(2)
