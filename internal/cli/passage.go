@@ -116,6 +116,9 @@ func (p *passage) run(ctx context.Context) error {
 	go func() { written <- p.write() }()
 	err := p.receive()
 	p.held.end(err == nil)
+	if err != nil && !errors.Is(err, errBroken) {
+		abort(p.local) // also when the client takes nothing, and write waits for it
+	}
 	if werr := <-written; err == nil || errors.Is(err, errBroken) {
 		err = cmp.Or(werr, err)
 	}
