@@ -11,7 +11,10 @@ import (
 	"banger/internal/netwire"
 )
 
-// guestUDP answers each datagram with its name, the client that it sees and the text.
+// silence is what guestUDP does not answer.
+const silence = "silence"
+
+// guestUDP answers a datagram with its name, the client that it sees and the text.
 func guestUDP(t *testing.T, name string) (port uint16) {
 	t.Helper()
 	c, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
@@ -25,7 +28,9 @@ func guestUDP(t *testing.T, name string) (port uint16) {
 			if err != nil {
 				return
 			}
-			c.WriteToUDPAddrPort(fmt.Appendf(nil, "%s %d %s", name, from.Port(), buf[:n]), from)
+			if string(buf[:n]) != silence {
+				c.WriteToUDPAddrPort(fmt.Appendf(nil, "%s %d %s", name, from.Port(), buf[:n]), from)
+			}
 		}
 	})
 	t.Cleanup(func() { c.Close(); running.Wait() })
@@ -118,11 +123,11 @@ func TestPublishedUDPFlowsExpire(t *testing.T) {
 		flow := askUDP(t, c, "one", "a")
 		last, pause := time.Now(), time.Duration(0)
 		for end := last.Add(2 * p.idle); last.Before(end); time.Sleep(p.idle / 20) {
-			c.Write([]byte("b"))
+			c.Write([]byte(silence))
 			pause = max(pause, time.Since(last))
 			last = time.Now()
 		}
-		again := lastFlow(c)
+		again := askUDP(t, c, "one", "a")
 		if pause = max(pause, time.Since(last)); pause > p.idle/2 {
 			continue
 		}
@@ -139,18 +144,6 @@ func TestPublishedUDPFlowsExpire(t *testing.T) {
 	askUDP(t, fresh, "one", "c")
 }
 
-// lastFlow reads what has come and returns the flow of the last answer.
-func lastFlow(c net.Conn) (flow int) {
-	for buf := make([]byte, 100); ; {
-		c.SetReadDeadline(time.Now().Add(20 * time.Millisecond))
-		n, err := c.Read(buf)
-		if err != nil {
-			return flow
-		}
-		fmt.Sscanf(string(buf[:n]), "one %d", &flow)
-	}
-}
-
 // TestPublishedUDPMakesRoom: more clients than flows; the last ones are served.
 func TestPublishedUDPMakesRoom(t *testing.T) {
 	p := testPublisher(t)
@@ -160,8 +153,11 @@ func TestPublishedUDPMakesRoom(t *testing.T) {
 	}
 	steady := dialUDP(t, pub.Host)
 	flow := askUDP(t, steady, "one", "steady")
+	var clients []net.Conn
+	var flows []int
 	for i := range publishFlows + 50 {
-		askUDP(t, dialUDP(t, pub.Host), "one", fmt.Sprint(i))
+		clients = append(clients, dialUDP(t, pub.Host))
+		flows = append(flows, askUDP(t, clients[i], "one", fmt.Sprint(i)))
 		if n := p.connections(); n > publishFlows {
 			t.Fatalf("%d flows", n)
 		}
@@ -171,5 +167,10 @@ func TestPublishedUDPMakesRoom(t *testing.T) {
 	}
 	if n := p.connections(); n != publishFlows {
 		t.Errorf("%d flows", n)
+	}
+	for i := 100; i < len(clients); i++ {
+		if askUDP(t, clients[i], "one", "again") != flows[i] {
+			t.Fatalf("of %d flows, that of client %d made room", len(clients), i)
+		}
 	}
 }
