@@ -145,7 +145,7 @@ func (f *vmFlags) add(cmd *cobra.Command) {
 	fs.Var(&f.cpus, "cpus", "number of CPUs (default: the host's, at most 4)")
 	fs.Var(&f.memory, "memory", "memory, for example 512M; taken from the host as the guest touches it (default: a quarter of the host's, at most 4G)")
 	fs.Var(&f.disk, "disk", "size of the disk, for example 20G; taken as it fills (default: 20G)")
-	f.network.add(cmd, "what the VM may reach when no rule says otherwise (default: internet)")
+	f.network.add(cmd, "what the VM may reach when no rule says otherwise (default: the configured one, internet)")
 	fs.Var(&f.ready, "ready", "how far the VM must be: the agent answers, or the system has started")
 }
 

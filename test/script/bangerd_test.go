@@ -19,6 +19,10 @@ import (
 // runs.
 const programsDir = "BANGER_TEST_PROGRAMS"
 
+// withNetwork, when it is set for a script, gives the VMs of its fake host a network, of
+// test/fakenet.
+const withNetwork = "BANGER_TEST_NETWORK"
+
 // When these are set for a script, they are a wish for the real host, or for the real
 // making of images and kernels.
 const (
@@ -32,7 +36,9 @@ func bangerd() int {
 	state, programs := os.Getenv("BANGER_STATE_DIR"), os.Getenv(programsDir)
 	var fakes []daemon.Option
 	if os.Getenv(realHost) == "" {
-		fakes = append(fakes, daemon.WithHost(fakeHost(state, programs).Drivers()))
+		host := fakeHost(state, programs)
+		host.Ability.Network = os.Getenv(withNetwork) != ""
+		fakes = append(fakes, daemon.WithHost(host.Drivers()))
 	}
 	if os.Getenv(realImages) == "" {
 		fakes = append(fakes, daemon.WithImageBuilder(&imagetest.Builder{Before: waitWhileHeld(state)}))
@@ -73,19 +79,16 @@ func waitWhileHeld(state string) func(context.Context, string, string, opstate.P
 func buildPrograms(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
-	for name, pkg := range map[string]string{"banger-shim": "banger/cmd/banger-shim", "fakevmm": "banger/test/fakevmm/ownroot", "fakevmm.real": "banger/test/fakevmm"} {
+	for name, pkg := range map[string]string{"banger-shim": "banger/cmd/banger-shim", "fakevmm": "banger/test/fakevmm/ownroot", "fakevmm.real": "banger/test/fakevmm", "banger-net": "banger/test/fakenet"} {
 		cmd := exec.Command("go", "build", "-o", filepath.Join(dir, name), pkg)
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Fatalf("cannot build %s: %v\n%s", pkg, err, out)
 		}
 	}
-	// No guest boots here; the initramfs is made of it all the same. The fake VMM has no
-	// card, so its network does nothing, for ever.
-	for name, content := range map[string]string{"banger-guest": "#!/bin/false\n", "banger-net": "#!/bin/sh\nexec sleep 1000000\n"} {
-		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o755); err != nil {
-			t.Fatal(err)
-		}
+	// No guest boots here; the initramfs is made of it all the same.
+	if err := os.WriteFile(filepath.Join(dir, "banger-guest"), []byte("#!/bin/false\n"), 0o755); err != nil {
+		t.Fatal(err)
 	}
 	return dir
 }
