@@ -23,14 +23,15 @@ runs, and prints what holds now. What is no longer allowed is cut.
   none      nothing
   internet  public addresses, and neither the host nor the networks around it
   lan       private networks too
-  host      the host's loopback too, as host.banger.internal
+  host      the host too, its loopback as host.banger.internal
 
 A RULE is [tcp|udp|icmp ]TARGET[:PORT|:FROM-TO]. TARGET is an address, a network such as
 10.0.0.0/8, a name, or *.NAME for all names below it. The order of rules does not
 matter: the most specific one wins, on equal terms deny. A rule replaces the same rule
 of the other kind.
 A rule about a name is one about the addresses that the guest was given for it: it opens
-every other name on the same address too.
+every other name on the same address too. Addresses that are not public are opened by
+rules that name them or a part of their network, never by a name.
 
 The guest has no IPv6: it is told that names have no such addresses.
 "banger logs VM --network" shows what was refused, and which rule would allow it.`,
