@@ -61,7 +61,10 @@ func (g *gate) refuse(protocol string, to netip.AddrPort, reason string) {
 }
 
 func target(protocol string, to netip.AddrPort) string {
-	if protocol == "tcp" || protocol == "udp" {
+	switch {
+	case !to.Addr().IsValid():
+		return ""
+	case protocol == "tcp" || protocol == "udp":
 		return to.String()
 	}
 	return to.Addr().String()

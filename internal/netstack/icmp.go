@@ -14,6 +14,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
+
+	"banger/internal/netpolicy"
 )
 
 func newPayload(b []byte) tcpip.Payloader { return bytes.NewReader(b) }
@@ -29,7 +31,7 @@ func (n *network) servePing(id stack.TransportEndpointID, p *stack.PacketBuffer)
 	to := addrPort(id.LocalAddress, 0)
 	request := append(append([]byte(nil), h...), p.Data().AsRange().ToSlice()...)
 	quoted := append([]byte(nil), p.NetworkHeader().Slice()...)
-	quoted = append(quoted, request[:header.ICMPv4MinimumSize]...) // what RFC 792 asks for
+	quoted = append(quoted, request[:quotedPayload]...)
 	prohibited := func() { n.sendICMP(id.LocalAddress, prohibition(quoted)) }
 	f, ok := n.gate.judge("icmp", to)
 	if !ok {
@@ -57,6 +59,16 @@ func (n *network) servePing(id stack.TransportEndpointID, p *stack.PacketBuffer)
 		}
 	})
 	return true
+}
+
+// quotedPayload is what an ICMP error quotes beyond the packet's header, see RFC 792.
+const quotedPayload = 8
+
+// refuseUnroutable refuses a packet to 127/8 or 0/8, which the stack would drop.
+func (n *network) refuseUnroutable(to netip.Addr, packet []byte) {
+	verdict := n.gate.policy.Load().Judge(netpolicy.Flow{Protocol: "icmp", Address: to})
+	n.gate.refuse("ip", netip.AddrPortFrom(to, 0), verdict.Reason)
+	n.sendICMP(gatewayAddress(), prohibition(packet))
 }
 
 // ping sends an echo request of ICMP and returns the answer with the guest's identifier.

@@ -34,6 +34,9 @@ type link struct {
 	gateway tcpip.LinkAddress
 	// odd is told of a packet that the guest must not send.
 	odd func(protocol string, to netip.AddrPort, reason string)
+	// unroutable is told of a packet that the stack would drop without a word, and of its
+	// first bytes.
+	unroutable func(to netip.Addr, packet []byte)
 
 	mu         sync.Mutex // a leaf
 	wake       *sync.Cond
@@ -44,8 +47,11 @@ type link struct {
 	closed     bool
 }
 
-func newLink(guest net.HardwareAddr, odd func(string, netip.AddrPort, string)) *link {
-	l := &link{guest: tcpip.LinkAddress(guest), gateway: tcpip.LinkAddress(netwire.GatewayMAC()), odd: odd}
+func newLink(guest net.HardwareAddr, odd func(string, netip.AddrPort, string), unroutable func(netip.Addr, []byte)) *link {
+	l := &link{
+		guest: tcpip.LinkAddress(guest), gateway: tcpip.LinkAddress(netwire.GatewayMAC()),
+		odd: odd, unroutable: unroutable,
+	}
 	l.wake = sync.NewCond(&l.mu)
 	return l
 }
@@ -276,13 +282,13 @@ func (l *link) admit(eth header.Ethernet, p *stack.PacketBuffer) bool {
 			tcpip.AddrFromSlice(arp.ProtocolAddressSender()) == guestAddress()
 	case header.IPv4ProtocolNumber:
 		raw, ok := p.Data().PullUp(header.IPv4MinimumSize)
-		return ok && l.admitIPv4(eth, header.IPv4(raw))
+		return ok && l.admitIPv4(eth, header.IPv4(raw), p)
 	}
 	l.odd("ethernet", netip.AddrPort{}, fmt.Sprintf("an unknown protocol: 0x%04x", uint32(kind)))
 	return false
 }
 
-func (l *link) admitIPv4(eth header.Ethernet, ip header.IPv4) bool {
+func (l *link) admitIPv4(eth header.Ethernet, ip header.IPv4, p *stack.PacketBuffer) bool {
 	to := netip.AddrFrom4(ip.DestinationAddress().As4())
 	switch {
 	case ip.SourceAddress() != guestAddress():
@@ -293,6 +299,11 @@ func (l *link) admitIPv4(eth header.Ethernet, ip header.IPv4) bool {
 		return false
 	case to.IsMulticast() || to == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
 		l.odd("ip", netip.AddrPortFrom(to, 0), "multicast")
+		return false
+	case to.IsLoopback() || to.As4()[0] == 0:
+		if raw, ok := p.Data().PullUp(min(p.Data().Size(), int(ip.HeaderLength())+quotedPayload)); ok {
+			l.unroutable(to, raw)
+		}
 		return false
 	}
 	return eth.DestinationAddress() == l.gateway

@@ -55,10 +55,11 @@ type network struct {
 // newNetwork makes the stack. close ends it.
 func newNetwork(mac net.HardwareAddr, g *gate, r *resolver) (*network, error) {
 	n := &network{
-		gate: g, link: newLink(mac, g.refuse), resolver: r,
+		gate: g, resolver: r,
 		pings: make(chan struct{}, maxPings), lookups: make(chan struct{}, maxLookups),
 		datagrams: sync.Pool{New: func() any { b := make([]byte, maxDatagram); return &b }},
 	}
+	n.link = newLink(mac, g.refuse, n.refuseUnroutable)
 	n.ctx, n.cancel = context.WithCancel(context.Background())
 	n.stack = stack.New(stack.Options{
 		NetworkProtocols:   []stack.NetworkProtocolFactory{ipv4.NewProtocol, arp.NewProtocol},

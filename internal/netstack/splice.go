@@ -55,6 +55,12 @@ func (s *splice) abort() {
 	}
 }
 
+func (s *splice) isAborted() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.aborted
+}
+
 // copy passes on what src sends. Whatever breaks ends both ways.
 func (s *splice) copy(dst, src net.Conn, count *atomic.Int64, size int) {
 	buf := make([]byte, size)
@@ -66,6 +72,9 @@ func (s *splice) copy(dst, src net.Conn, count *atomic.Int64, size int) {
 				s.abort()
 				return
 			}
+		}
+		if s.isAborted() {
+			return // what looks like an end may be the abort
 		}
 		if errors.Is(err, io.EOF) {
 			if half, ok := dst.(halfCloser); !ok || half.CloseWrite() != nil {
