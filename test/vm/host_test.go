@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -30,6 +31,7 @@ type host struct {
 	t   testing.TB
 	dir string // of the test, below the cache so that images can be hard links
 	env []string
+	via []string // what stands before each command, to run it elsewhere
 }
 
 func binDir(t testing.TB) string {
@@ -176,9 +178,8 @@ func (h *host) run(limit time.Duration, dir string, stdin io.Reader, args ...str
 	h.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "banger", args...)
-	cmd.Path = filepath.Join(binDir(h.t), "banger")
-	cmd.Err = nil
+	argv := append(append(slices.Clone(h.via), filepath.Join(binDir(h.t), "banger")), args...)
+	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
 	cmd.Env, cmd.Dir, cmd.Stdin = h.env, dir, stdin
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
