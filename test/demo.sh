@@ -1,6 +1,6 @@
 #!/bin/bash
 # The main job of banger, in a real guest, on a scratch repository: up, a command, a
-# change made inside, diff, apply, rm. Uses a state directory of its own below
+# connection that is refused, a change made inside, diff, apply, rm. Uses a state directory of its own below
 # ${XDG_CACHE_HOME:-~/.cache}/banger-demo, which keeps kernel and image for the next
 # time; the VM, the repository and the daemon are gone at the end.
 set -euo pipefail
@@ -35,6 +35,9 @@ git add . && git commit -qm 'a shop'
 echo '# not committed yet' >> greet.sh
 
 run banger up -- make test
+run banger exec -- curl -sS --max-time 20 http://192.168.1.1 || true
+run banger logs --network
+banger logs --network | grep -q 'refused tcp 192.168.1.1:80 private network'
 run banger exec -- sh -c 'echo "made inside" > inside.txt; sed -i s/hello/welcome/ greet.sh; git status --short'
 run banger ps
 run banger diff
