@@ -23,12 +23,11 @@ type network struct {
 
 func main() {
 	n := &network{ports: make(map[string]io.Closer)}
-	if err := n.run(); err != nil {
-		fmt.Fprintln(os.Stderr, "fakenet:", err)
-		os.Exit(1)
-	}
+	fmt.Fprintln(os.Stderr, "fakenet:", n.run())
+	os.Exit(1)
 }
 
+// run returns only with an error.
 func (n *network) run() error {
 	if r := n.reload(); r.Error != "" {
 		n.problem = r.Error
