@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -187,7 +188,7 @@ func refusalLine(e *bangerv1.NetworkLogEntry, vm string, now time.Time) string {
 		layout = time.DateTime
 	}
 	line := at.Format(layout) + " refused " + e.Protocol + " " + e.Target
-	if e.Name != "" {
+	if e.Name != "" && !strings.HasPrefix(e.Target, e.Name) { // of a lookup it is the target
 		line += " (" + e.Name + ")"
 	}
 	line += " " + e.Reason

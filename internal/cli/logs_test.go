@@ -38,6 +38,8 @@ func TestRefusalLine(t *testing.T) {
 			local + " refused tcp 192.168.1.1:80 (nas.lan) private network (×12)  hint: banger set shop --allow 'tcp *.lan:80'"},
 		{&bangerv1.NetworkLogEntry{Protocol: "ethernet", Target: "02:00:00:00:00:01", Reason: "foreign sender"},
 			local + " refused ethernet 02:00:00:00:00:01 foreign sender"},
+		{&bangerv1.NetworkLogEntry{Protocol: "dns", Target: "nas.lan → 192.168.1.1", Name: "nas.lan", Reason: "answer left out: private network"},
+			local + " refused dns nas.lan → 192.168.1.1 answer left out: private network"},
 		{&bangerv1.NetworkLogEntry{Protocol: "dns", Target: "a\x1b[31m\nb.test", Reason: "not on the allow-list", Rule: "x\ny;'"},
 			local + ` refused dns a\x1b[31m b.test not on the allow-list  hint: banger set shop --allow 'x y;'\'''`},
 	} {

@@ -102,11 +102,27 @@ func (n *network) ping(to netip.Addr, request []byte) ([]byte, error) {
 
 // prohibition is "communication administratively prohibited" (RFC 1812, 5.2.7.1) about
 // the packet whose first bytes are quoted.
-func prohibition(quoted []byte) []byte {
+func prohibition(quoted []byte) []byte { return unreachability(header.ICMPv4HostProhibited, quoted) }
+
+// portUnreachable is "port unreachable" about a datagram that the guest has sent to to. Nobody
+// has kept it: the message quotes its headers, by which the guest's kernel knows the socket.
+func portUnreachable(guestPort uint16, to netip.AddrPort) []byte {
+	quoted := make([]byte, header.IPv4MinimumSize+header.UDPMinimumSize)
+	ip := header.IPv4(quoted)
+	ip.Encode(&header.IPv4Fields{
+		TotalLength: uint16(len(quoted)), TTL: 64, Protocol: uint8(header.UDPProtocolNumber),
+		SrcAddr: guestAddress(), DstAddr: tcpip.AddrFrom4(to.Addr().As4()),
+	})
+	ip.SetChecksum(^ip.CalculateChecksum())
+	header.UDP(ip.Payload()).Encode(&header.UDPFields{SrcPort: guestPort, DstPort: to.Port(), Length: header.UDPMinimumSize})
+	return unreachability(header.ICMPv4PortUnreachable, quoted)
+}
+
+func unreachability(code header.ICMPv4Code, quoted []byte) []byte {
 	message := make([]byte, header.ICMPv4MinimumSize, header.ICMPv4MinimumSize+len(quoted))
 	h := header.ICMPv4(message)
 	h.SetType(header.ICMPv4DstUnreachable)
-	h.SetCode(header.ICMPv4HostProhibited)
+	h.SetCode(code)
 	return append(message, quoted...)
 }
 

@@ -230,8 +230,29 @@ func TestUDP(t *testing.T) {
 	}
 	w.set(netwire.Network{Preset: "internet"})
 	w.until("the flow is cut", func() bool { return w.ask(netwire.OpStats).Stats.Connections == 0 })
-	conn.Write([]byte("again"))
+	// What comes before the flow is taken down goes with it, as datagrams may.
+	w.until("the next datagram is refused", func() bool {
+		conn.Write([]byte("again"))
+		return w.ask(netwire.OpStats).Stats.Refused > 0
+	})
 	w.logged("udp", conn.RemoteAddr().String(), "loopback")
+}
+
+// Where nobody takes a datagram, the guest is told so as by any network.
+func TestUDPToNobody(t *testing.T) {
+	w := newWorld(t, host())
+	taken, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := taken.LocalAddr().(*net.UDPAddr).Port
+	taken.Close()
+	conn := w.dialUDP(netip.AddrPortFrom(netwire.Gateway(), uint16(port)))
+	// gonet tells of an error with the next packet only.
+	w.until("the guest is told", func() bool {
+		_, err := conn.Write([]byte("hello"))
+		return err != nil && strings.Contains(err.Error(), "connection was refused")
+	})
 }
 
 // The network dies and is started again: new connections work, published ports too.

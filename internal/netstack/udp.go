@@ -46,6 +46,8 @@ func (n *network) serveUDP(r *udp.ForwarderRequest) bool {
 		return fail()
 	}
 	d := &datagramFlow{network: n, outside: outside.(*net.UDPConn), ctx: ctx, cancel: cancel}
+	port := r.ID().RemotePort
+	d.closed = func() { n.sendICMP(tcpip.AddrFrom4(to.Addr().As4()), portUnreachable(port, to)) }
 	endpoint, problem := r.CreateEndpoint(&d.queue)
 	if problem != nil {
 		outside.Close()
@@ -69,6 +71,7 @@ type datagramFlow struct {
 	outside *net.UDPConn
 	ctx     context.Context
 	cancel  context.CancelFunc
+	closed  func()       // tells the guest that nobody listens there
 	used    atomic.Int64 // time of the last datagram, in nanoseconds since 1970
 }
 
@@ -116,8 +119,10 @@ func (d *datagramFlow) up() {
 		d.network.datagrams.Put(buf)
 		switch problem.(type) {
 		case nil:
-			// What is refused or too large is told about the datagram before, or lost.
-			if err != nil && !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, syscall.EMSGSIZE) {
+			switch {
+			case errors.Is(err, syscall.ECONNREFUSED): // it is about a datagram before
+				d.closed()
+			case err != nil && !errors.Is(err, syscall.EMSGSIZE): // what is too large is lost
 				return
 			}
 		case *tcpip.ErrWouldBlock:
@@ -157,6 +162,7 @@ func (d *datagramFlow) down() {
 			// A guest that takes nothing loses datagrams, as on every network.
 			d.guest.Write(newPayload((*buf)[:size]), tcpip.WriteOptions{})
 		} else if errors.Is(err, syscall.ECONNREFUSED) {
+			d.closed()
 			err = nil
 		}
 		d.network.datagrams.Put(buf)
