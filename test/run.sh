@@ -1,8 +1,8 @@
 #!/bin/bash
 # All tests, as CI runs them. With "quick" only those that need no guest.
 #
-#   BANGER_TEST_REQUIRE=root,qemu   turns a skip for want of these into a failure; image
-#                                   builds real images too, minutes of work
+#   BANGER_TEST_REQUIRE=root,netns,qemu   turns a skip for want of these into a failure;
+#                                   image builds real images too, minutes of work
 #   BANGER_TEST_CACHE=DIR           keeps kernel and image between runs
 set -euo pipefail
 # Who starts this may ignore signals, as nohup does, and the tests send them.

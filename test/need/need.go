@@ -17,7 +17,7 @@ import (
 // Need skips the test, or fails it, when the machine lacks what:
 //
 //	root      the test runs as uid 0 with the right to mount
-//	netns     it may make a network namespace
+//	netns     it may make a network namespace, and has ip to furnish it
 //	qemu      there is a qemu-system-x86_64 in PATH
 //	testhost  it runs inside the test host: BANGER_TEST_HOST is set
 func Need(t testing.TB, what string) {
@@ -40,7 +40,8 @@ func probe(what string) (have, known bool) {
 	case "root":
 		return canUnshare(syscall.CLONE_NEWNS), true
 	case "netns":
-		return canUnshare(syscall.CLONE_NEWNET), true
+		_, err := exec.LookPath("ip")
+		return err == nil && canUnshare(syscall.CLONE_NEWNET), true
 	case "qemu":
 		_, err := exec.LookPath("qemu-system-x86_64")
 		return err == nil, true

@@ -283,9 +283,9 @@ func testNames(n networked) {
 		"tcp rebind.test:" + servicePort: peerAddress + ":" + servicePort,
 	})
 	n.wantLog("open",
-		[]string{"refused dns 127.0.0.1 (rebind.test)", "loopback address"},
-		[]string{"refused dns " + metadata + " (rebind.test)", "metadata address", "--allow " + metadata},
-		[]string{"refused dns " + lanAddress + " (lan.test)", "private network", "--allow " + lanAddress})
+		[]string{"refused dns rebind.test → 127.0.0.1 answer left out: loopback address\n"},
+		[]string{"refused dns rebind.test → " + metadata + " answer left out: metadata address", "--allow " + metadata},
+		[]string{"refused dns lan.test → " + lanAddress + " answer left out: private network", "--allow " + lanAddress})
 }
 
 // testTold: show and ps --wide name the network and count refusals.
@@ -390,7 +390,7 @@ func testAllowList(n networked) {
 		"dns A host.banger.internal":             "NOERROR 10.0.2.2",
 	})
 	n.wantLog("open",
-		[]string{"refused dns denied.test", "not on the allow-list", "hint: banger set open --allow denied.test\n"},
+		[]string{"refused dns denied.test not on the allow-list", "hint: banger set open --allow denied.test\n"},
 		[]string{"refused tcp " + allowedTest + ":" + secondPort + " (allowed.test)", "not on the allow-list", "--allow allowed.test:" + secondPort},
 		[]string{"refused udp " + dnsAddress + ":53", "not on the allow-list"})
 	n.h.ok("set", "open", "--network", "internet", "--forget", "allowed.test:"+servicePort, "--forget", golang)
