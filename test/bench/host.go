@@ -119,7 +119,10 @@ func (h *host) close() error {
 type instance struct {
 	host   *host
 	layout config.Layout
-	daemon *daemon // nil while none runs
+	daemon *daemon  // nil while none runs
+	env    []string // over the others
+	// via, when there is one, calls what starts the daemon where it shall run.
+	via func(start func() error) error
 }
 
 // newInstance makes a state directory with kernel and image as hard links.
@@ -168,7 +171,7 @@ func (i *instance) environment() []string {
 	env := slices.DeleteFunc(os.Environ(), func(kv string) bool {
 		return strings.HasPrefix(kv, "BANGER") || strings.HasPrefix(kv, "XDG_CONFIG_HOME=") || strings.HasPrefix(kv, "GOCOVERDIR=")
 	})
-	return append(env, "BANGER_STATE_DIR="+i.layout.Root, "XDG_CONFIG_HOME="+filepath.Join(i.host.root, "config"), "NO_COLOR=1")
+	return append(append(env, "BANGER_STATE_DIR="+i.layout.Root, "XDG_CONFIG_HOME="+filepath.Join(i.host.root, "config"), "NO_COLOR=1"), i.env...)
 }
 
 // daemon is a bangerd as a child, so that its time and its end are seen exactly.
@@ -197,7 +200,11 @@ func (i *instance) start(ctx context.Context) (time.Duration, error) {
 	d.cmd.Dir, d.cmd.Stdout, d.cmd.Stderr, d.cmd.ExtraFiles = "/", log, log, []*os.File{pw}
 	d.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // Ctrl-C is for this program only
 	begun := time.Now()
-	err = d.cmd.Start()
+	if i.via != nil {
+		err = i.via(d.cmd.Start)
+	} else {
+		err = d.cmd.Start()
+	}
 	pw.Close()
 	if err != nil {
 		return 0, err
@@ -270,12 +277,17 @@ type run struct {
 
 // banger runs the CLI.
 func (i *instance) banger(ctx context.Context, args ...string) (run, error) {
+	return i.bangerFrom(ctx, nil, args...)
+}
+
+// bangerFrom runs the CLI with an input.
+func (i *instance) bangerFrom(ctx context.Context, in io.Reader, args ...string) (run, error) {
 	ctx, cancel := context.WithTimeout(ctx, pullTimeout)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, filepath.Join(i.host.bin, "banger"), args...)
 	cmd.Env = i.environment()
 	var out, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &stderr
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = in, &out, &stderr
 	begun := time.Now()
 	err := cmd.Run()
 	r := run{took: time.Since(begun), out: out.String()}

@@ -44,7 +44,7 @@ type benchmark struct {
 func benchmarks() []benchmark {
 	return []benchmark{
 		{"share", (*bench).share}, {"exec", (*bench).exec}, {"records", (*bench).records},
-		{"ten", (*bench).ten}, {"idle", (*bench).idle},
+		{"ten", (*bench).ten}, {"idle", (*bench).idle}, {"network", (*bench).network},
 	}
 }
 
@@ -115,6 +115,10 @@ func (b *bench) all(ctx context.Context, w io.Writer, chosen []benchmark) error 
 		before := busy(ctx)
 		p, err := m.run(b, ctx)
 		b.progress("")
+		if why := skipped(""); errors.As(err, &why) {
+			fmt.Fprintf(w, "\n== %s was skipped: %s\n", m.name, why)
+			continue
+		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", m.name, err))
 			continue
@@ -135,6 +139,11 @@ func (b *bench) all(ctx context.Context, w io.Writer, chosen []benchmark) error 
 	}
 	return errors.Join(errs...)
 }
+
+// skipped says why a part cannot be run here. It is no failure of the whole.
+type skipped string
+
+func (s skipped) Error() string { return string(s) }
 
 // describe says what was measured, and on what.
 func (b *bench) describe(ctx context.Context, w io.Writer) {

@@ -68,6 +68,22 @@ func memoryOf(pid int, key string) (float64, error) {
 	return 0, fmt.Errorf("/proc/%d/status has no %s", pid, key)
 }
 
+// pssOf is the memory of a process in MiB, shared pages by their share: see proc(5),
+// smaps_rollup.
+func pssOf(pid int) (float64, error) {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(data)) {
+		if rest, ok := strings.CutPrefix(line, "Pss:"); ok {
+			kib, err := strconv.ParseFloat(strings.TrimSuffix(strings.TrimSpace(rest), " kB"), 64)
+			return kib / 1024, err
+		}
+	}
+	return 0, fmt.Errorf("/proc/%d/smaps_rollup has no Pss", pid)
+}
+
 // processesBelow finds what runs in or from dir: daemons, shims and VMMs.
 func processesBelow(dir string) []int {
 	var pids []int

@@ -11,7 +11,7 @@ import (
 // row is one line of the report: what was measured, and a target if there is one.
 type row struct {
 	what    string
-	unit    string // "ms", "s", "MiB", "%", "×"
+	unit    string // "ms", "s", "MiB", "MiB/s", "%", "×"
 	samples []float64
 	cpu     []float64 // CPU seconds of each sample; nil when not measured
 	target  string    // in words, empty for a line that only informs
@@ -24,10 +24,20 @@ func (r row) against(limit float64, target string) row {
 	return r
 }
 
+// atLeast is against for what must not be less than limit.
+func (r row) atLeast(limit float64, target string) row {
+	var below []float64
+	for _, s := range r.samples {
+		below = append(below, -s)
+	}
+	r.target, r.verdict = target, judge(below, -limit)
+	return r
+}
+
 // rule is printed below the tables.
 const rule = `quartiles: half of the samples lie there. CPU: median of the CPU seconds per sample.
 A target is met when the 95 % interval of the median (by ranks, the sign test's; the
-range below six samples) lies at or under it, MISSED when it lies above it, and
+range below six samples) lies on the good side of it or at it, MISSED when it lies on the other, and
 undecided when the target lies inside. A target on one figure is compared with that.`
 
 // part is one table of the report.
