@@ -15,6 +15,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -26,8 +27,9 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // The ports of the peer, see peerPorts of the benchmark.
@@ -163,33 +165,50 @@ func times(n int, f func() (time.Duration, error)) (time.Duration, error) {
 	return all[len(all)/2], nil
 }
 
-// connect times connect(2) alone: Go's own part is large on a slow guest. Both sides have
-// closed before it returns, so that the end of one does not fall into the next.
+// connect times connect(2) and poll(2) alone: Go's own part is large on a slow guest. Both
+// sides have closed before it returns, so that the end of one does not fall into the next.
 func connect(peer netip.Addr) (time.Duration, error) {
-	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
 		return 0, err
 	}
-	defer syscall.Close(fd)
-	limit := syscall.NsecToTimeval(int64(patience))
-	if err := errors.Join(syscall.SetsockoptTimeval(fd, syscall.SOL_SOCKET, syscall.SO_SNDTIMEO, &limit),
-		syscall.SetsockoptTimeval(fd, syscall.SOL_SOCKET, syscall.SO_RCVTIMEO, &limit)); err != nil {
-		return 0, err
-	}
+	defer unix.Close(fd)
 	begun := time.Now()
-	err = syscall.Connect(fd, &syscall.SockaddrInet4{Port: echo, Addr: peer.As4()})
+	if err := unix.Connect(fd, &unix.SockaddrInet4{Port: echo, Addr: peer.As4()}); err != unix.EINPROGRESS {
+		return 0, fmt.Errorf("cannot begin to connect: %w", err)
+	}
+	err = await(fd, unix.POLLOUT)
 	took := time.Since(begun)
 	if err != nil {
 		return 0, err
 	}
-	if err := syscall.Shutdown(fd, syscall.SHUT_WR); err != nil {
+	if errno, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR); err != nil || errno != 0 {
+		return 0, cmp.Or(err, error(unix.Errno(errno)))
+	}
+	if err := errors.Join(unix.Shutdown(fd, unix.SHUT_WR), await(fd, unix.POLLIN)); err != nil {
 		return 0, err
 	}
 	var buf [1]byte
-	if n, err := syscall.Read(fd, buf[:]); n != 0 || err != nil {
-		return 0, fmt.Errorf("no end of the connection, but %d bytes: %w", n, err)
+	if n, err := unix.Read(fd, buf[:]); n != 0 || err != nil {
+		return 0, fmt.Errorf("no end of the connection, but %d bytes, %v", n, err)
 	}
 	return took, nil
+}
+
+func await(fd int, events int16) error {
+	for deadline := time.Now().Add(patience); ; {
+		left := time.Until(deadline)
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: events}}, int(max(left, 0)/time.Millisecond))
+		switch {
+		case err == unix.EINTR && left > 0: // the runtime's own signals
+		case err != nil:
+			return err
+		case n == 0:
+			return os.ErrDeadlineExceeded
+		default:
+			return nil
+		}
+	}
 }
 
 func echoes(peer netip.Addr, n int) (time.Duration, error) {
