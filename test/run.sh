@@ -24,11 +24,13 @@ step "tests"
 cover=$(mktemp -d)
 trap 'rm -rf "$cover"' EXIT
 # The race detector needs cgo; what is built for use does not.
-packages=$(go list ./... | grep -vE '^banger/test/(vm|daemon)$')
+packages=$(go list ./... | grep -vE '^banger/test/(vm|daemon|flood)$')
 CGO_ENABLED=1 go test -race -timeout 20m -coverpkg=./internal/... -coverprofile="$cover/unit" $packages
 step "the daemon on the fake host"
 # Without the race detector: it starts a thousand daemons.
 go test -timeout 15m -covermode=atomic -coverpkg=./internal/... -coverprofile="$cover/daemon" ./test/daemon
+step "a guest that attacks its network"
+go test -count=1 -v -timeout 10m ./test/flood # it measures memory, which the race detector changes
 if [ -z "$quick" ]; then
   step "real guests"
   go test -count=1 -v -timeout 40m ./test/vm
