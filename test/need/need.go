@@ -7,6 +7,7 @@ package need
 import (
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -19,6 +20,7 @@ import (
 //	root      the test runs as uid 0 with the right to mount
 //	netns     it may make a network namespace, and has ip to furnish it
 //	qemu      there is a qemu-system-x86_64 in PATH
+//	node      there are node, and npm in one directory with all that it needs
 //	testhost  it runs inside the test host: BANGER_TEST_HOST is set
 func Need(t testing.TB, what string) {
 	t.Helper()
@@ -45,10 +47,28 @@ func probe(what string) (have, known bool) {
 	case "qemu":
 		_, err := exec.LookPath("qemu-system-x86_64")
 		return err == nil, true
+	case "node":
+		return hasNode(), true
 	case "testhost":
 		return os.Getenv("BANGER_TEST_HOST") != "", true
 	}
 	return false, false
+}
+
+// hasNode is false for an npm whose parts are packages of their own, as Debian has it.
+func hasNode() bool {
+	if _, err := exec.LookPath("node"); err != nil {
+		return false
+	}
+	npm, err := exec.LookPath("npm")
+	if err == nil {
+		npm, err = filepath.EvalSymlinks(npm) // NPM/bin/npm-cli.js
+	}
+	if err != nil {
+		return false
+	}
+	_, err = os.Stat(filepath.Join(filepath.Dir(npm), "../node_modules/pacote"))
+	return err == nil
 }
 
 // canUnshare tries in a thread that ends with the goroutine, because it is locked
