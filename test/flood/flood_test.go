@@ -58,6 +58,8 @@ func TestFlood(t *testing.T) {
 		return
 	}
 	furnish(t)
+	serveDNS(t)
+	t.Run("a length that no frame has", func(t *testing.T) { noFrame(t, program) })
 	beside := newGuest(t, program, host())
 	watch := beside.watch()
 

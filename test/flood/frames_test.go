@@ -87,6 +87,16 @@ func pingFrame(to netip.Addr, ident, number uint16) []byte {
 	return ipFrame(ipFields{protocol: header.ICMPv4ProtocolNumber, to: to}, h)
 }
 
+// fromGateway is the source port of a datagram of the gateway's to port 80.
+func fromGateway(frame []byte) (port uint16, ok bool) {
+	if len(frame) < udpAt+header.UDPMinimumSize || header.Ethernet(frame).Type() != header.IPv4ProtocolNumber ||
+		header.IPv4(frame[ipAt:]).Protocol() != uint8(header.UDPProtocolNumber) {
+		return 0, false
+	}
+	h := header.UDP(frame[udpAt:])
+	return h.SourcePort(), h.DestinationPort() == 80
+}
+
 func arpFrame(target netip.Addr) []byte {
 	packet := make([]byte, header.ARPSize)
 	h := header.ARP(packet)

@@ -43,14 +43,15 @@ const (
 // guest is a banger-net, the fake QEMU that it is connected to, and a guest of two minds:
 // a TCP/IP stack for ordinary connections, and frames made by hand.
 type guest struct {
-	t     *testing.T
-	dir   string
-	cmd   *exec.Cmd
-	ended chan struct{} // closed when the process has ended
-	echos uint16        // the port of an echo service
-	stack *stack.Stack
-	card  *channel.Endpoint
-	ports atomic.Uint32 // of ordinary connections
+	t       *testing.T
+	dir     string
+	network netwire.Network
+	cmd     *exec.Cmd
+	ended   chan struct{} // closed when the process has ended
+	echos   uint16        // the port of an echo service
+	stack   *stack.Stack
+	card    *channel.Endpoint
+	ports   atomic.Uint32 // of ordinary connections
 
 	// take gets the frames that are not the stack's, in the goroutine that reads.
 	take atomic.Pointer[func(frame []byte)]
@@ -84,7 +85,7 @@ func newGuest(t *testing.T, program string, n netwire.Network) *guest {
 	if err := netwire.WriteConfig(dir, netwire.Config{MAC: guestMAC().String(), Network: n}); err != nil {
 		t.Fatal(err)
 	}
-	g := &guest{t: t, dir: dir, ended: make(chan struct{}), pongs: make(chan uint16, 1)}
+	g := &guest{t: t, dir: dir, network: n, ended: make(chan struct{}), pongs: make(chan uint16, 1)}
 	g.echos = service(t, "127.0.0.1", func(conn net.Conn) {
 		io.Copy(conn, conn)
 		conn.(*net.TCPConn).CloseWrite()
@@ -375,6 +376,25 @@ func (g *guest) until(what string, is func() bool) {
 			g.t.Fatalf("never seen: %s; %d descriptors, %+v", what, g.descriptors(), g.stats())
 		}
 		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// cut has all flows cut by a change of the policy, and takes the change back: UDP flows
+// would else live for a minute.
+func (g *guest) cut() {
+	g.t.Helper()
+	nothing := g.network
+	nothing.Preset, nothing.Publish = "none", nil
+	for _, n := range []netwire.Network{nothing, g.network} {
+		if err := netwire.WriteConfig(g.dir, netwire.Config{MAC: guestMAC().String(), Network: n}); err != nil {
+			g.t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		reply, err := netwire.Ask(ctx, g.dir, netwire.Request{Op: netwire.OpReload})
+		cancel()
+		if err != nil || reply.Error != "" {
+			g.t.Fatalf("a change of the policy: %v %s", err, reply.Error)
+		}
 	}
 }
 

@@ -17,11 +17,15 @@ type hand struct {
 	greets bool
 	// acks: what comes is acknowledged, and an end is answered.
 	acks bool
-	// opened, if there is one, is called for each completed connection, as it is.
-	opened func(c *handConn)
+	// accepts: connections of the network's are completed too.
+	accepts bool
+	// opened, if there is one, is called with each connection as it is completed, and pull
+	// when the network has taken data, or may take more.
+	opened, pull func(c *handConn)
 
 	count  atomic.Int64 // completed ones
 	resets atomic.Int64
+	ends   atomic.Int64 // those that both sides have ended
 
 	mu    sync.Mutex
 	conns map[handKey]*handConn
@@ -36,8 +40,8 @@ type handConn struct {
 	handKey
 	next   uint32 // to send
 	theirs uint32 // to receive
+	scale  uint8  // of the network's windows
 	room   int    // what the network may still be sent
-	ended  bool   // both sides have said so
 }
 
 // newHand takes g's frames.
@@ -102,12 +106,6 @@ func (h *hand) each(f func(c *handConn)) {
 	}
 }
 
-// resetAll resets what is open: the guest's programs have died.
-func (h *hand) resetAll() {
-	h.each(func(c *handConn) { h.segment(c, header.TCPFlagRst, nil) })
-	h.g.flush()
-}
-
 // take answers a frame of the network.
 func (h *hand) take(frame []byte) {
 	if len(frame) < tcpAt+header.TCPMinimumSize || header.Ethernet(frame).Type() != header.IPv4ProtocolNumber {
@@ -121,39 +119,71 @@ func (h *hand) take(frame []byte) {
 	key := handKey{tcp.DestinationPort(), netip.AddrPortFrom(netip.AddrFrom4(ip.SourceAddress().As4()), tcp.SourcePort())}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	c := h.conns[key]
-	switch flags := tcp.Flags(); {
+	c, flags := h.conns[key], tcp.Flags()
+	switch syn := flags & (header.TCPFlagSyn | header.TCPFlagAck); {
 	case flags&header.TCPFlagRst != 0:
-		if c == nil || !c.ended {
-			h.resets.Add(1)
-		}
+		h.resets.Add(1)
 		delete(h.conns, key)
-	case flags&header.TCPFlagSyn != 0:
-		if !h.greets || flags&header.TCPFlagAck == 0 {
-			return
+	case syn == header.TCPFlagSyn:
+		if h.accepts {
+			h.accept(key, tcp)
 		}
-		if c == nil {
-			c = &handConn{handKey: key, next: 1, theirs: tcp.SequenceNumber() + 1, room: int(tcp.WindowSize())}
-			h.conns[key] = c
-			defer h.count.Add(1)
+	case syn == header.TCPFlagSyn|header.TCPFlagAck:
+		if h.greets {
+			h.complete(key, c, tcp)
 		}
+	case c != nil:
+		h.receive(c, tcp, len(frame)-tcpAt-int(tcp.DataOffset()))
+	}
+}
+
+// accept answers the network's first packet.
+func (h *hand) accept(key handKey, tcp header.TCP) {
+	c := &handConn{handKey: key, next: 1, theirs: tcp.SequenceNumber() + 1, room: int(tcp.WindowSize())}
+	c.scale = uint8(max(header.ParseSynOptions(tcp.Options(), false).WS, 0))
+	h.conns[key] = c
+	h.g.push(tcpFrame(key.to, header.TCPFields{
+		SrcPort: key.from, AckNum: c.theirs, Flags: header.TCPFlagSyn | header.TCPFlagAck, WindowSize: h.window,
+	}, synOptions(h.mss), nil))
+	h.count.Add(1)
+	if h.opened != nil {
+		h.opened(c)
+	}
+}
+
+// complete acknowledges the network's answer to the first packet.
+func (h *hand) complete(key handKey, c *handConn, tcp header.TCP) {
+	if c == nil {
+		c = &handConn{handKey: key, next: 1, theirs: tcp.SequenceNumber() + 1, room: int(tcp.WindowSize())}
+		c.scale = uint8(max(header.ParseSynOptions(tcp.Options(), true).WS, 0))
+		h.conns[key] = c
 		h.segment(c, 0, nil)
+		h.count.Add(1)
 		if h.opened != nil {
 			h.opened(c)
 		}
-	case c != nil && h.acks:
-		size := uint32(len(frame) - tcpAt - int(tcp.DataOffset()))
-		if tcp.SequenceNumber() != c.theirs {
-			return
-		}
-		c.theirs += size
-		if flags&header.TCPFlagFin != 0 {
-			c.theirs++
-			c.ended = true
-			h.segment(c, header.TCPFlagFin, nil)
-			delete(h.conns, key)
-		} else if size > 0 {
-			h.segment(c, 0, nil)
-		}
+		return
+	}
+	h.segment(c, 0, nil)
+}
+
+// receive gets a segment with size bytes of data.
+func (h *hand) receive(c *handConn, tcp header.TCP, size int) {
+	c.room = int(tcp.WindowSize())<<c.scale - int(c.next-tcp.AckNumber())
+	if h.pull != nil && c.room > 0 {
+		h.pull(c)
+	}
+	if !h.acks || tcp.SequenceNumber() != c.theirs {
+		return
+	}
+	c.theirs += uint32(size)
+	switch fin := tcp.Flags()&header.TCPFlagFin != 0; {
+	case fin:
+		c.theirs++
+		h.segment(c, header.TCPFlagFin, nil)
+		delete(h.conns, c.handKey)
+		h.ends.Add(1)
+	case size > 0:
+		h.segment(c, 0, nil)
 	}
 }

@@ -7,14 +7,13 @@ import (
 	"testing"
 	"time"
 
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+
 	"banger/internal/netwire"
 )
 
 // at is the gateway's port, which is one of the host's loopback.
 func at(port uint16) netip.AddrPort { return netip.AddrPortFrom(netwire.Gateway(), port) }
-
-// The treatments of a service.
-func readNothing(conn net.Conn) { waitForEnd(conn) }
 
 // waitForEnd returns when the peer has reset the connection, or the service closes it.
 func waitForEnd(conn net.Conn) {
@@ -40,9 +39,17 @@ func tcpAttacks() []attack {
 		{name: "50,000 refused connections", network: internet(), run: func(t *testing.T, g *guest) { refused(g, false) }},
 		{name: "50,000 refused, answers unread", network: internet(), run: func(t *testing.T, g *guest) { refused(g, true) }},
 		{name: "2,000 connections to a black hole", network: host(), run: blackHole},
-		{name: "1,024 downloads, nothing acknowledged", network: host(), run: func(t *testing.T, g *guest) { downloads(t, g, 1460, 0xffff) }},
-		{name: "1,024 downloads, segments of 64 bytes", network: host(), run: func(t *testing.T, g *guest) { downloads(t, g, 64, 0xffff) }},
-		{name: "1,024 downloads, a window of zero", network: host(), run: func(t *testing.T, g *guest) { downloads(t, g, 1460, 0) }},
+		{name: "1,020 downloads, nothing acknowledged", network: host(), run: func(t *testing.T, g *guest) { downloads(t, g, 1460, 0xffff) }},
+		{name: "1,020 downloads, segments of 64 bytes", network: host(), run: func(t *testing.T, g *guest) { downloads(t, g, 64, 0xffff) }},
+		{name: "1,020 downloads, a window of zero", network: host(), run: func(t *testing.T, g *guest) { downloads(t, g, 1460, 0) }},
+		{name: "16 trickles, nothing acknowledged", network: host(), run: func(t *testing.T, g *guest) { trickles(t, g, 16) }},
+		{name: "1,020 trickles, nothing acknowledged", network: host(), run: func(t *testing.T, g *guest) { trickles(t, g, most) }},
+		{name: "1,020 uploads, nothing read", network: host(), run: uploads},
+		{name: "1,020 uploads that ignore the window", network: host(), run: rudeUploads},
+		{name: "1,020 uploads, each byte out of order", network: host(), run: disorder},
+		{name: "2,000 downloads, given up unread", network: host(), run: orphans},
+		{name: "10,000 connections that the host ends", network: host(), run: churn},
+		{name: "500,000 empty segments", network: host(), run: emptySegments},
 	}
 }
 
@@ -105,13 +112,123 @@ func blackHole(t *testing.T, g *guest) {
 	g.remark("echo meanwhile after %s", took.Round(time.Millisecond))
 }
 
+// most is how many connections an attack opens: with the echo's they are all that there
+// may be.
+const most = 1020
+
 func downloads(t *testing.T, g *guest, mss, window uint16) {
 	port := service(t, "127.0.0.1", sendForEver)
 	h := newHand(g)
 	h.mss, h.window = mss, window
-	h.openAll(1024, 1020, at(port))
+	h.openAll(1024, most, at(port))
 	g.steady()
-	g.remark("%d open, %d reset", h.count.Load(), h.resets.Load())
-	h.resetAll()
-	g.settle()
+	h.leave()
+}
+
+// leave resets what is still open.
+func (h *hand) leave() {
+	h.g.t.Helper()
+	h.g.remark("%d open, %d reset", h.count.Load(), h.resets.Load())
+	h.each(func(c *handConn) { h.segment(c, header.TCPFlagRst, nil) })
+	h.g.settle()
+}
+
+// trickles: each byte is a segment of its own.
+func trickles(t *testing.T, g *guest, count int) {
+	port := service(t, "127.0.0.1", func(conn net.Conn) {
+		for range 2_000_000 / count {
+			if _, err := conn.Write([]byte{1}); err != nil {
+				return
+			}
+		}
+		waitForEnd(conn)
+	})
+	h := newHand(g)
+	h.openAll(1024, count, at(port))
+	g.steady()
+	h.leave()
+}
+
+// uploads send what the window allows.
+func uploads(t *testing.T, g *guest) {
+	port := service(t, "127.0.0.1", waitForEnd)
+	h := newHand(g)
+	block := make([]byte, 32<<10)
+	h.pull = func(c *handConn) {
+		for c.room > 0 {
+			size := min(c.room, len(block))
+			h.segment(c, 0, block[:size])
+			c.room -= size
+		}
+	}
+	h.opened = h.pull
+	h.openAll(1024, most, at(port))
+	g.steady()
+	h.leave()
+}
+
+// rudeUploads send segments of 60,000 bytes, which the stack takes whole when their first
+// byte has room.
+func rudeUploads(t *testing.T, g *guest) {
+	port := service(t, "127.0.0.1", waitForEnd)
+	h := newHand(g)
+	h.openAll(1024, most, at(port))
+	block := make([]byte, 60_000)
+	for range 6 {
+		h.each(func(c *handConn) { h.segment(c, 0, block) })
+	}
+	g.steady()
+	h.leave()
+}
+
+func disorder(t *testing.T, g *guest) {
+	port := service(t, "127.0.0.1", waitForEnd)
+	h := newHand(g)
+	h.openAll(1024, most, at(port))
+	for i := range uint32(200) {
+		h.each(func(c *handConn) { h.segmentAt(c, c.next+2+2*i, 0, []byte{1}) })
+	}
+	g.steady()
+	h.leave()
+}
+
+// orphans: the host's side has sent all and is gone, the guest's has ended too, and the
+// data waits for a guest that never acknowledges it.
+func orphans(t *testing.T, g *guest) {
+	port := service(t, "127.0.0.1", func(conn net.Conn) { conn.Write(make([]byte, 900<<10)) })
+	h := newHand(g)
+	for i := range 500 {
+		h.openAll(uint16(1024+4*i), 4, at(port))
+		h.each(func(c *handConn) {
+			if c.next == 1 {
+				h.segment(c, header.TCPFlagFin, nil)
+			}
+		})
+		g.flush()
+	}
+	g.steady()
+	g.remark("echo meanwhile after %s", g.echo().Round(time.Millisecond))
+	h.leave()
+}
+
+func churn(t *testing.T, g *guest) {
+	port := service(t, "127.0.0.1", func(net.Conn) {})
+	h := newHand(g)
+	h.acks = true
+	for i := range 100 {
+		h.openAll(uint16(1024+100*i), 100, at(port))
+		g.until("the connections have ended", func() bool { return h.ends.Load()+h.resets.Load() >= int64(100*(i+1)) })
+	}
+	h.leave()
+}
+
+func emptySegments(t *testing.T, g *guest) {
+	port := service(t, "127.0.0.1", waitForEnd)
+	h := newHand(g)
+	h.openAll(1024, 4, at(port))
+	for range 125_000 {
+		h.each(func(c *handConn) { h.segment(c, 0, nil) })
+	}
+	g.steady()
+	h.leave()
 }
