@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
@@ -15,11 +16,35 @@ import (
 // guestConn is a TCP connection with the guest that can be reset.
 type guestConn struct {
 	*gonet.TCPConn
+	queue    *waiter.Queue
 	endpoint tcpip.Endpoint
 }
 
 func newGuestConn(queue *waiter.Queue, endpoint tcpip.Endpoint) guestConn {
-	return guestConn{gonet.NewTCPConn(queue, endpoint), endpoint}
+	return guestConn{gonet.NewTCPConn(queue, endpoint), queue, endpoint}
+}
+
+// Finish closes the connection and waits until the guest has taken the rest, at most
+// lingerTime: what waits for it is this process's memory.
+func (c guestConn) Finish() {
+	entry, changed := waiter.NewChannelEntry(waiter.EventHUp)
+	c.queue.EventRegister(&entry)
+	defer c.queue.EventUnregister(&entry)
+	c.Close()
+	late := time.NewTimer(lingerTime)
+	defer late.Stop()
+	for {
+		switch tcp.EndpointState(c.endpoint.State()) {
+		case tcp.StateClose, tcp.StateError, tcp.StateTimeWait:
+			return
+		}
+		select {
+		case <-changed:
+		case <-late.C:
+			c.Abort()
+			return
+		}
+	}
 }
 
 // Abort ends the connection with a reset.
@@ -42,7 +67,7 @@ func (n *network) dialGuest(ctx context.Context, protocol string, port uint16) (
 	if err != nil {
 		return nil, errors.New(err.String())
 	}
-	tune(endpoint, n.gate.count("tcp"))
+	tune(endpoint, n.connections())
 	connected, ready := waiter.NewChannelEntry(waiter.WritableEvents)
 	queue.EventRegister(&connected)
 	defer queue.EventUnregister(&connected)

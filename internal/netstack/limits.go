@@ -7,7 +7,7 @@ import "time"
 const (
 	// maxConnections bounds the guest's TCP connections, those to published ports apart.
 	maxConnections = 1024
-	// maxHandshakes bounds those that are being made, on either side.
+	// maxHandshakes bounds those that are being made, on either side; see handshakes.
 	maxHandshakes = 512
 	// maxFlows bounds UDP flows.
 	maxFlows = 512
@@ -15,14 +15,22 @@ const (
 	maxPings   = 32
 	maxLookups = 256
 	// linkQueue bounds what waits for QEMU to read it, in bytes.
-	linkQueue = 2 << 20
+	linkQueue = 4 << 20
 )
 
 const (
 	// dialTimeout bounds a connection to the outside: a third of what Linux takes.
 	dialTimeout = 20 * time.Second
-	// guestTimeout bounds a connection to the guest, for a published port.
+	// handshakePatience is what a connection has before it gives way to another. The third
+	// packet that a kernel sends for one comes after 3 s.
+	handshakePatience = 2 * time.Second
+	// guestTimeout bounds what the guest takes to complete a connection.
 	guestTimeout = 10 * time.Second
+	// lingerTime bounds what the guest takes for the rest, once both sides have ended.
+	lingerTime = 30 * time.Second
+	// timeWait is how long an ended connection answers late packets. They come from the
+	// queue of a socket and not over a network.
+	timeWait = 100 * time.Millisecond
 	// flowIdle ends a UDP flow. Shorter than that of most routers on the way.
 	flowIdle = 60 * time.Second
 	pingWait = 5 * time.Second
@@ -39,6 +47,9 @@ const (
 	manyConnections = 64
 	// synWindow is the window of the others' first packet; it is 16 bits wide.
 	synWindow = 64<<10 - 1
+	// kernelBuffer is that of a socket of the host while more than manyConnections are open;
+	// the kernel's own would grow to several MiB.
+	kernelBuffer = 64 << 10
 	// datagrams is what waits in one UDP flow, in bytes; one of any size always does.
 	datagrams = 16 << 10
 )

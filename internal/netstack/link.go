@@ -126,7 +126,7 @@ func (l *link) WritePackets(list stack.PacketBufferList) (int, tcpip.Error) {
 			continue
 		}
 		l.queue = append(l.queue, p.IncRef())
-		l.queued += p.Size()
+		l.queued += p.MemSize() // a small packet is mostly what is around it
 	}
 	l.wake.Signal()
 	return list.Len(), nil

@@ -42,8 +42,11 @@ type network struct {
 	resolver *resolver
 	wide     *tcp.Forwarder // for the first connections
 	narrow   *tcp.Forwarder // for the others, with a small first window
+	shakes   handshakes
 	pings    chan struct{}
-	lookups  chan struct{}
+	// published counts the connections of published ports, see connections.
+	published func() int
+	lookups   chan struct{}
 	// datagrams are buffers of maxDatagram bytes, *[]byte.
 	datagrams sync.Pool
 	guests    sync.WaitGroup // goroutines that serve the guest
@@ -58,6 +61,7 @@ func newNetwork(mac net.HardwareAddr, g *gate, r *resolver) (*network, error) {
 		gate: g, resolver: r,
 		pings: make(chan struct{}, maxPings), lookups: make(chan struct{}, maxLookups),
 		datagrams: sync.Pool{New: func() any { b := make([]byte, maxDatagram); return &b }},
+		published: func() int { return 0 },
 	}
 	n.link = newLink(mac, g.refuse, n.refuseUnroutable)
 	n.ctx, n.cancel = context.WithCancel(context.Background())
@@ -75,8 +79,9 @@ func newNetwork(mac net.HardwareAddr, g *gate, r *resolver) (*network, error) {
 func (n *network) configure() error {
 	sack := tcpip.TCPSACKEnabled(true)
 	receive := tcpip.TCPReceiveBufferSizeRangeOption{Min: bufferLeast, Default: synWindow, Max: bufferMost}
-	send := tcpip.TCPSendBufferSizeRangeOption{Min: bufferLeast, Default: bufferMost, Max: bufferMost}
-	for _, option := range []tcpip.SettableTransportProtocolOption{&sack, &receive, &send} {
+	send := tcpip.TCPSendBufferSizeRangeOption{Min: bufferLeast, Default: synWindow, Max: bufferMost}
+	late := tcpip.TCPTimeWaitTimeoutOption(timeWait)
+	for _, option := range []tcpip.SettableTransportProtocolOption{&sack, &receive, &send, &late} {
 		if err := n.stack.SetTransportProtocolOption(tcp.ProtocolNumber, option); err != nil {
 			return errors.New(err.String())
 		}
@@ -102,10 +107,11 @@ func (n *network) configure() error {
 	}
 	n.stack.SetRouteTable([]tcpip.Route{{Destination: guestAddress().WithPrefix().Subnet(), NIC: card}})
 
-	n.wide = tcp.NewForwarder(n.stack, synWindow, maxHandshakes, n.serveTCP)
-	n.narrow = tcp.NewForwarder(n.stack, bufferLeast, maxHandshakes, n.serveTCP)
+	// The forwarders drop what is too much: their bounds only cap what shakes has yet to see.
+	n.wide = tcp.NewForwarder(n.stack, synWindow, 2*maxHandshakes, n.serveTCP)
+	n.narrow = tcp.NewForwarder(n.stack, bufferLeast, 2*maxHandshakes, n.serveTCP)
 	n.stack.SetTransportProtocolHandler(tcp.ProtocolNumber, func(id stack.TransportEndpointID, p *stack.PacketBuffer) bool {
-		if n.gate.count("tcp") > manyConnections {
+		if n.connections() > manyConnections {
 			return n.narrow.HandlePacket(id, p)
 		}
 		return n.wide.HandlePacket(id, p)
@@ -117,6 +123,9 @@ func (n *network) configure() error {
 
 // run carries packets until ctx ends.
 func (n *network) run(ctx context.Context, socket string) error { return n.link.run(ctx, socket) }
+
+// connections counts what has TCP buffers.
+func (n *network) connections() int { return n.gate.count("tcp") + n.published() }
 
 // close ends all flows.
 func (n *network) close() {
@@ -138,32 +147,44 @@ func (n *network) serveTCP(r *tcp.ForwarderRequest) {
 		r.Complete(true)
 		return
 	}
-	ctx, cancel := context.WithTimeout(n.ctx, dialTimeout)
-	defer cancel()
+	ctx, cancel := context.WithCancelCause(n.ctx)
+	defer cancel(nil)
+	made, ok := n.shakes.begin(cancel)
+	if !ok {
+		r.Complete(false) // the guest asks again
+		return
+	}
+	defer made()
 	conn := newSplice(n.gate)
-	kept, ok := n.gate.enter(f, maxConnections, func() { cancel(); conn.abort() })
+	kept, ok := n.gate.enter(f, maxConnections, func() { cancel(nil); conn.abort() })
 	if !ok {
 		n.gate.refuse("tcp", to, fmt.Sprintf("the VM has %d connections already", maxConnections))
 		r.Complete(true)
 		return
 	}
 	defer n.gate.leave(kept)
-	outside, err := dialOutside(ctx, "tcp", netip.AddrPortFrom(f.Address, f.Port))
+	late, stop := context.WithTimeout(ctx, dialTimeout)
+	outside, err := dialOutside(late, "tcp", netip.AddrPortFrom(f.Address, f.Port))
+	stop()
 	if err != nil {
+		if cause := context.Cause(ctx); errors.Is(cause, errGaveWay) {
+			err = cause
+		}
 		n.explain("tcp", to, err)
 		r.Complete(true)
 		return
 	}
-	var queue waiter.Queue
-	endpoint, problem := r.CreateEndpoint(&queue)
+	guest, ok := n.accept(ctx, r)
 	r.Complete(false)
-	if problem != nil {
+	made()
+	if !ok {
 		abort(outside)
 		return
 	}
-	count := n.gate.count("tcp")
-	tune(endpoint, count)
-	conn.run(newGuestConn(&queue, endpoint), outside, copySize(count))
+	count := n.connections()
+	tune(guest.endpoint, count)
+	narrow(outside, count)
+	conn.run(guest, outside, copySize(count))
 }
 
 // tune bounds what the stack keeps for a connection.
@@ -173,6 +194,14 @@ func tune(endpoint tcpip.Endpoint, count int) {
 	options.SetSendBufferSize(int64(bufferSize(count)), true)
 	options.SetKeepAlive(true)
 	options.SetDelayOption(false)
+}
+
+// narrow bounds what the host's kernel keeps for the later ones of many connections.
+func narrow(outside net.Conn, count int) {
+	if tcp, ok := outside.(*net.TCPConn); ok && count > manyConnections {
+		tcp.SetReadBuffer(kernelBuffer)
+		tcp.SetWriteBuffer(kernelBuffer)
+	}
 }
 
 // keepAlive finds connections whose other end is gone, within minutes.
@@ -190,6 +219,8 @@ func (n *network) explain(protocol string, to netip.AddrPort, err error) {
 	switch {
 	case errors.Is(err, syscall.ENETUNREACH):
 		n.gate.refuse(protocol, to, "the host has no network that leads there")
+	case errors.Is(err, errGaveWay):
+		n.gate.refuse(protocol, to, err.Error())
 	case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE):
 		n.gate.refuse(protocol, to, "the host gives no more open files")
 	}
@@ -202,7 +233,7 @@ func (n *network) listenDNS() error {
 	if err != nil {
 		return err
 	}
-	listener, err := gonet.ListenTCP(n.stack, at, ipv4.ProtocolNumber)
+	listener, err := n.listen(at)
 	if err != nil {
 		datagrams.Close()
 		return err
@@ -215,6 +246,28 @@ func (n *network) listenDNS() error {
 	n.guests.Go(func() { n.answerDatagrams(datagrams) })
 	n.guests.Go(func() { n.answerConnections(listener) })
 	return nil
+}
+
+// listen listens for connections that end when the guest takes nothing for a while: what
+// has been closed holds its last answer until then.
+func (n *network) listen(at tcpip.FullAddress) (*gonet.TCPListener, error) {
+	var queue waiter.Queue
+	endpoint, problem := n.stack.NewEndpoint(tcp.ProtocolNumber, ipv4.ProtocolNumber, &queue)
+	if problem != nil {
+		return nil, errors.New(problem.String())
+	}
+	patience := tcpip.TCPUserTimeoutOption(guestTimeout)
+	for _, step := range []func() tcpip.Error{
+		func() tcpip.Error { return endpoint.SetSockOpt(&patience) },
+		func() tcpip.Error { return endpoint.Bind(at) },
+		func() tcpip.Error { return endpoint.Listen(resolverBacklog) },
+	} {
+		if problem := step(); problem != nil {
+			endpoint.Close()
+			return nil, errors.New(problem.String())
+		}
+	}
+	return gonet.NewTCPListener(n.stack, &queue, endpoint), nil
 }
 
 func (n *network) answerDatagrams(conn net.PacketConn) {
@@ -239,8 +292,12 @@ func (n *network) answerDatagrams(conn net.PacketConn) {
 	}
 }
 
-// maxResolverConns bounds the connections to the resolver.
-const maxResolverConns = 64
+// maxResolverConns bounds the connections to the resolver, resolverBacklog those that
+// nobody has accepted yet.
+const (
+	maxResolverConns = 64
+	resolverBacklog  = 10
+)
 
 func (n *network) answerConnections(listener net.Listener) {
 	slots := make(chan struct{}, maxResolverConns)

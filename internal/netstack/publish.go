@@ -270,6 +270,16 @@ func (p *publisher) reopenLocked(port *publishedPort) {
 	port.begin()
 }
 
+// relieve ends all connections and flows. The ports stay open.
+func (p *publisher) relieve() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, port := range p.open {
+		port.interrupt()
+		p.flows.end(port, nil)
+	}
+}
+
 // close ends all ports and connections, and waits for them.
 func (p *publisher) close() {
 	p.mu.Lock()

@@ -99,6 +99,15 @@ func (o *publishedPort) cut() {
 	}
 }
 
+// interrupt ends the TCP connections that there are.
+func (o *publishedPort) interrupt() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for c := range o.conns {
+		reset(c)
+	}
+}
+
 // retarget leads what is new to another port of the guest.
 func (o *publishedPort) retarget(guest uint16) {
 	if o.guest.Load() != uint32(guest) {
@@ -129,11 +138,8 @@ func (o *publishedPort) drop(c net.Conn) {
 // reset closes c so that the peer sees that it did not end well, where that can be, and
 // wakes who reads or writes.
 func reset(c net.Conn) {
-	if t, ok := c.(*net.TCPConn); ok {
-		t.SetLinger(0)
-	}
 	c.SetDeadline(time.Unix(1, 0))
-	c.Close()
+	abort(c)
 }
 
 // accept leads connections to the guest until l is closed.

@@ -42,10 +42,14 @@ func run(ctx context.Context, dir string, heap uint64) error {
 	defer n.close()
 	s := &service{dir: dir, gate: g, publisher: newPublisher(n.dialGuest, n.splicePublished)}
 	defer s.publisher.close()
+	n.published = s.publisher.connections
 	if err := s.start(cfg); err != nil {
 		return err
 	}
-	defer guardHeap(heap, g.relieve).stop()
+	defer guardHeap(heap, func() {
+		g.relieve()
+		s.publisher.relieve()
+	}).stop()
 
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -61,7 +65,9 @@ func run(ctx context.Context, dir string, heap uint64) error {
 
 // splicePublished copies between a port of the host and the guest.
 func (n *network) splicePublished(host, guest net.Conn) {
-	newSplice(n.gate).run(guest, host, copySize(n.gate.count("tcp")))
+	count := n.connections()
+	narrow(host, count)
+	newSplice(n.gate).run(guest, host, copySize(count))
 }
 
 // service answers the daemon.

@@ -40,9 +40,15 @@ func (s *splice) run(guest, outside net.Conn, size int) {
 	up.Go(func() { s.copy(outside, guest, &s.gate.sent, size) })
 	s.copy(guest, outside, &s.gate.received, size)
 	up.Wait()
-	guest.Close()
 	outside.Close()
+	if f, ok := guest.(finisher); ok {
+		f.Finish()
+	}
+	guest.Close()
 }
+
+// finisher is what an end of the guest's is, see guestConn.
+type finisher interface{ Finish() }
 
 // abort resets both ends, now or when run begins.
 func (s *splice) abort() {

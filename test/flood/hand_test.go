@@ -39,6 +39,7 @@ type handKey struct {
 type handConn struct {
 	handKey
 	next   uint32 // to send
+	taken  uint32 // what the network has acknowledged
 	theirs uint32 // to receive
 	scale  uint8  // of the network's windows
 	room   int    // what the network may still be sent
@@ -139,7 +140,7 @@ func (h *hand) take(frame []byte) {
 
 // accept answers the network's first packet.
 func (h *hand) accept(key handKey, tcp header.TCP) {
-	c := &handConn{handKey: key, next: 1, theirs: tcp.SequenceNumber() + 1, room: int(tcp.WindowSize())}
+	c := &handConn{handKey: key, next: 1, taken: 1, theirs: tcp.SequenceNumber() + 1, room: int(tcp.WindowSize())}
 	c.scale = uint8(max(header.ParseSynOptions(tcp.Options(), false).WS, 0))
 	h.conns[key] = c
 	h.g.push(tcpFrame(key.to, header.TCPFields{
@@ -154,7 +155,7 @@ func (h *hand) accept(key handKey, tcp header.TCP) {
 // complete acknowledges the network's answer to the first packet.
 func (h *hand) complete(key handKey, c *handConn, tcp header.TCP) {
 	if c == nil {
-		c = &handConn{handKey: key, next: 1, theirs: tcp.SequenceNumber() + 1, room: int(tcp.WindowSize())}
+		c = &handConn{handKey: key, next: 1, taken: 1, theirs: tcp.SequenceNumber() + 1, room: int(tcp.WindowSize())}
 		c.scale = uint8(max(header.ParseSynOptions(tcp.Options(), true).WS, 0))
 		h.conns[key] = c
 		h.segment(c, 0, nil)
@@ -169,7 +170,8 @@ func (h *hand) complete(key handKey, c *handConn, tcp header.TCP) {
 
 // receive gets a segment with size bytes of data.
 func (h *hand) receive(c *handConn, tcp header.TCP, size int) {
-	c.room = int(tcp.WindowSize())<<c.scale - int(c.next-tcp.AckNumber())
+	c.taken = tcp.AckNumber()
+	c.room = int(tcp.WindowSize())<<c.scale - int(c.next-c.taken)
 	if h.pull != nil && c.room > 0 {
 		h.pull(c)
 	}

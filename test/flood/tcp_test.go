@@ -129,7 +129,7 @@ func downloads(t *testing.T, g *guest, mss, window uint16) {
 func (h *hand) leave() {
 	h.g.t.Helper()
 	h.g.remark("%d open, %d reset", h.count.Load(), h.resets.Load())
-	h.each(func(c *handConn) { h.segment(c, header.TCPFlagRst, nil) })
+	h.each(func(c *handConn) { h.segmentAt(c, c.taken, header.TCPFlagRst, nil) })
 	h.g.settle()
 }
 
