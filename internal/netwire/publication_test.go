@@ -36,7 +36,7 @@ func TestParsePublication(t *testing.T) {
 		"8080:80/tcp/x":        "tcp or udp",
 		"host:8080:80":         "no address",
 		"::1:8080:80":          "brackets",
-		"[fe80::1%1]:80":       "no port",
+		"[fe80::1%1]:80":       "brackets",
 		"[fe80::1%lo]:8080:80": "no address",
 		"1.2.3:8080:80":        "no address",
 	} {
