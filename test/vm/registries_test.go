@@ -25,6 +25,9 @@ import (
 // ownResolver is the resolver of the host for these tests, beside the world's.
 const ownResolver = "203.0.113.54"
 
+// namelessAddress has the git server, too, and no name leads there.
+const namelessAddress = allowedTest
+
 // registries are the servers that package managers ask, all of them at port 80 of one
 // address of the world, each by its name: apt.test, git.test, go.test, npm.test and
 // pypi.test. What they serve is made by the test, and they write down who asked for what.
@@ -51,7 +54,9 @@ func newRegistries(t testing.TB) *registries {
 	s.git = s.serveGit()
 	s.makePackages()
 	server := &http.Server{Handler: s}
-	go server.Serve(w.peer.listen(peerAddress + ":80"))
+	for _, a := range []string{peerAddress, namelessAddress} {
+		go server.Serve(w.peer.listen(a + ":80"))
+	}
 	t.Cleanup(func() { server.Close() })
 
 	w.peer.ip("addr", "add", ownResolver+"/24", "dev", "cable")
@@ -96,7 +101,7 @@ func (s *registries) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	s.mu.Unlock()
 	data, known := s.files[r.Host+name]
 	switch {
-	case r.Host == "git.test" || r.Host == peerAddress:
+	case r.Host == "git.test" || r.Host == namelessAddress:
 		s.git.ServeHTTP(rw, r)
 	case r.Host == "apt.test" && name == "/Packages":
 		fmt.Fprint(rw, index)
