@@ -1,6 +1,6 @@
 // Command bench measures banger against the bare thing, in interleaved pairs, and
 // holds the figures against the targets. `make bench` builds banger and runs it, which
-// takes about eight minutes under software emulation, on a machine that does nothing
+// takes about 25 minutes under software emulation, on a machine that does nothing
 // else. Every target is judged by one rule, which is printed with the tables, on the
 // samples of one run: nothing is measured again because of what came out.
 //

@@ -68,20 +68,20 @@ func memoryOf(pid int, key string) (float64, error) {
 	return 0, fmt.Errorf("/proc/%d/status has no %s", pid, key)
 }
 
-// pssOf is the memory of a process in MiB, shared pages by their share: see proc(5),
-// smaps_rollup.
-func pssOf(pid int) (float64, error) {
+// pssOf is a figure of /proc/PID/smaps_rollup in MiB: "Pss", the memory of a process with
+// shared pages by their share, or "Pss_Anon", what of it is in no file.
+func pssOf(pid int, key string) (float64, error) {
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
 	if err != nil {
 		return 0, err
 	}
 	for line := range strings.Lines(string(data)) {
-		if rest, ok := strings.CutPrefix(line, "Pss:"); ok {
+		if rest, ok := strings.CutPrefix(line, key+":"); ok {
 			kib, err := strconv.ParseFloat(strings.TrimSuffix(strings.TrimSpace(rest), " kB"), 64)
 			return kib / 1024, err
 		}
 	}
-	return 0, fmt.Errorf("/proc/%d/smaps_rollup has no Pss", pid)
+	return 0, fmt.Errorf("/proc/%d/smaps_rollup has no %s", pid, key)
 }
 
 // processesBelow finds what runs in or from dir: daemons, shims and VMMs.

@@ -296,7 +296,7 @@ func (w *watch) end() (string, error) {
 	close(w.stop)
 	<-w.done
 	if w.err != nil || len(w.took) == 0 {
-		return "", fmt.Errorf("the watch ended: %w", w.err)
+		return "", cmp.Or(w.err, errors.New("there was no echo"))
 	}
 	slices.Sort(w.took)
 	return fmt.Sprintf("%.4f %.4f %d", milliseconds(w.took[len(w.took)/2]), milliseconds(w.took[len(w.took)-1]), len(w.took)), nil
