@@ -130,7 +130,8 @@ func testNpmCi(n networked, s *registries) {
 	}
 	d := newDeb(n, "banger-node")
 	d.copy(output(n, "node", "-p", "process.execPath"), "opt/node/bin/node")
-	d.copy(filepath.Join(filepath.Dir(npm), ".."), "opt/node/lib/npm")
+	d.copy(filepath.Join(filepath.Dir(npm), ".."), "opt/node/npm")
+	d.pack("opt/node")
 	s.addDebs(d)
 	n.install(d.name)
 	lock := map[string]any{
@@ -149,8 +150,8 @@ func testNpmCi(n networked, s *registries) {
 	out := n.inside(map[string]string{
 		"package.json":      `{"name": "main", "version": "1.0.0", "dependencies": {"greeting": "^1.0.0"}}`,
 		"package-lock.json": string(text),
-	}, `export PATH=/opt/node/bin:$PATH
-		timeout 120 node /opt/node/lib/npm/bin/npm-cli.js ci --no-audit --no-fund --no-update-notifier --registry http://npm.test/ >&2
+	}, `mkdir ~/node; tar -xf /opt/node.tar -C ~/node; export PATH=~/node/bin:$PATH
+		node ~/node/npm/bin/npm-cli.js ci --no-audit --no-fund --no-update-notifier --registry http://npm.test/ >&2
 		node -p 'require("greeting")'`)
 	n.wantEnd("npm ci", out, greeting+"\n")
 	s.wantAsked(n, "npm.test GET /greeting/-/greeting-1.0.0.tgz")
@@ -159,12 +160,17 @@ func testNpmCi(n networked, s *registries) {
 // testPip: Debian's Python and pip, without what compiles all of it at installation.
 func testPip(n networked, s *registries) {
 	d := newDeb(n, "banger-python")
-	for _, path := range pythonDebs(n) {
-		output(n, "dpkg-deb", "--extract", path, d.dir)
+	if err := os.Mkdir(filepath.Join(d.dir, "opt"), 0o755); err != nil {
+		n.Fatal(err)
 	}
+	for _, path := range pythonDebs(n) {
+		output(n, "dpkg-deb", "--extract", path, filepath.Join(d.dir, "opt/python"))
+	}
+	d.pack("opt/python")
 	s.addDebs(d)
 	n.install(d.name)
-	out := n.inside(nil, `timeout 120 python3.11 $(echo /usr/share/python-wheels/pip-*.whl)/pip install -q --no-compile --disable-pip-version-check \
+	out := n.inside(nil, `mkdir ~/python; tar -xf /opt/python.tar -C ~/python; export PATH=~/python/usr/bin:$PATH
+		python3.11 $(echo ~/python/usr/share/python-wheels/pip-*.whl)/pip install -q --no-compile --disable-pip-version-check \
 			--no-cache-dir --target here --index-url http://pypi.test/simple/ --trusted-host pypi.test greeting==1.0.0 >&2
 		cd here; python3.11 -c 'import greeting; print(greeting.text)'`)
 	n.wantEnd("pip install", out, greeting+"\n")
