@@ -42,3 +42,14 @@ func TestJudge(t *testing.T) {
 		t.Errorf("one sample at the limit: %s", got)
 	}
 }
+
+func TestAtLeast(t *testing.T) {
+	for _, c := range []struct {
+		limit float64
+		want  string
+	}{{1.5, met}, {2, met}, {2.1, undecided}, {3, undecided}, {3.1, missed}} {
+		if got := (row{samples: []float64{2, 3, 2.5}}).atLeast(c.limit, "").verdict; got != c.want {
+			t.Errorf("2, 3 and 2.5 against at least %v: %s, want %s", c.limit, got, c.want)
+		}
+	}
+}
