@@ -3,7 +3,7 @@ package netstack
 import (
 	"container/list"
 	"context"
-	"errors"
+	"net/netip"
 	"sync"
 	"time"
 
@@ -13,44 +13,79 @@ import (
 	"gvisor.dev/gvisor/pkg/waiter"
 )
 
-// errGaveWay ends a handshake that took long, in favour of a new one.
-var errGaveWay = errors.New("nobody has answered yet, and others wait")
-
 // handshakes bounds the guest's connections that are being made, on either side. When
-// there are maxHandshakes, the oldest one gives way to a new one if it has taken
-// handshakePatience: addresses where nobody answers, and connections that the guest itself
-// never completes, must not keep it from those that work.
+// there are maxHandshakes, an old one gives way to a new one: addresses where nobody
+// answers, and connections that the guest itself never completes, must not keep it from
+// those that work. Nothing is said to the guest about either: it tries again, and its own
+// timeout tells its programs.
 type handshakes struct {
-	mu   sync.Mutex // a leaf
-	open list.List  // of *handshake, the oldest first
+	mu     sync.Mutex // a leaf
+	open   list.List  // of *handshake, the oldest first
+	target map[netip.Addr]int
 }
 
 type handshake struct {
+	to     netip.Addr
 	began  time.Time
-	cancel context.CancelCauseFunc
+	cancel func()
+	over   bool
 }
 
-// begin makes room for one, which end gives back; cancel takes it away. Without room ok is
-// false.
-func (h *handshakes) begin(cancel context.CancelCauseFunc) (end func(), ok bool) {
+// The least age of what gives way: to a connection to an address that has fewer, and to
+// any. A kernel sends its first packet again after 1 and 3 s.
+const (
+	handshakeShare    = 250 * time.Millisecond
+	handshakePatience = 2 * time.Second
+)
+
+func newHandshakes() *handshakes { return &handshakes{target: make(map[netip.Addr]int)} }
+
+// begin makes room for one to an address, which end gives back; cancel takes it away.
+// Without room ok is false.
+func (h *handshakes) begin(to netip.Addr, cancel func()) (end func(), ok bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	now := time.Now()
-	if h.open.Len() >= maxHandshakes {
-		oldest := h.open.Front()
-		shake := oldest.Value.(*handshake)
-		if now.Sub(shake.began) < handshakePatience {
-			return nil, false
-		}
-		h.open.Remove(oldest)
-		shake.cancel(errGaveWay)
+	if h.open.Len() >= maxHandshakes && !h.evictLocked(to, now) {
+		return nil, false
 	}
-	element := h.open.PushBack(&handshake{began: now, cancel: cancel})
+	element := h.open.PushBack(&handshake{to: to, began: now, cancel: cancel})
+	h.target[to]++
 	return func() {
 		h.mu.Lock()
 		defer h.mu.Unlock()
-		h.open.Remove(element) // which is nothing if it gave way
+		h.removeLocked(element)
 	}, true
+}
+
+// evictLocked ends the oldest one that must give way to one to an address.
+func (h *handshakes) evictLocked(to netip.Addr, now time.Time) bool {
+	for e := h.open.Front(); e != nil; e = e.Next() {
+		s := e.Value.(*handshake)
+		age := now.Sub(s.began)
+		if age < handshakeShare {
+			return false // and so are the others
+		}
+		if age >= handshakePatience || h.target[s.to] > h.target[to]+1 {
+			h.removeLocked(e)
+			s.cancel()
+			return true
+		}
+	}
+	return false
+}
+
+// removeLocked does nothing for one that has gone.
+func (h *handshakes) removeLocked(e *list.Element) {
+	s := e.Value.(*handshake)
+	if s.over {
+		return
+	}
+	s.over = true
+	h.open.Remove(e)
+	if h.target[s.to]--; h.target[s.to] == 0 {
+		delete(h.target, s.to)
+	}
 }
 
 // accept completes the guest's connection. The stack alone would try for two minutes.

@@ -21,9 +21,6 @@ const (
 const (
 	// dialTimeout bounds a connection to the outside: a third of what Linux takes.
 	dialTimeout = 20 * time.Second
-	// handshakePatience is what a connection has before it gives way to another. The third
-	// packet that a kernel sends for one comes after 3 s.
-	handshakePatience = 2 * time.Second
 	// guestTimeout bounds what the guest takes to complete a connection.
 	guestTimeout = 10 * time.Second
 	// lingerTime bounds what the guest takes for the rest, once both sides have ended.

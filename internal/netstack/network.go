@@ -42,7 +42,7 @@ type network struct {
 	resolver *resolver
 	wide     *tcp.Forwarder // for the first connections
 	narrow   *tcp.Forwarder // for the others, with a small first window
-	shakes   handshakes
+	shakes   *handshakes
 	pings    chan struct{}
 	// published counts the connections of published ports, see connections.
 	published func() int
@@ -61,7 +61,7 @@ func newNetwork(mac net.HardwareAddr, g *gate, r *resolver) (*network, error) {
 		gate: g, resolver: r,
 		pings: make(chan struct{}, maxPings), lookups: make(chan struct{}, maxLookups),
 		datagrams: sync.Pool{New: func() any { b := make([]byte, maxDatagram); return &b }},
-		published: func() int { return 0 },
+		published: func() int { return 0 }, shakes: newHandshakes(),
 	}
 	n.link = newLink(mac, g.refuse, n.refuseUnroutable)
 	n.ctx, n.cancel = context.WithCancel(context.Background())
@@ -147,16 +147,16 @@ func (n *network) serveTCP(r *tcp.ForwarderRequest) {
 		r.Complete(true)
 		return
 	}
-	ctx, cancel := context.WithCancelCause(n.ctx)
-	defer cancel(nil)
-	made, ok := n.shakes.begin(cancel)
+	ctx, cancel := context.WithCancel(n.ctx)
+	defer cancel()
+	made, ok := n.shakes.begin(f.Address, cancel)
 	if !ok {
 		r.Complete(false) // the guest asks again
 		return
 	}
 	defer made()
 	conn := newSplice(n.gate)
-	kept, ok := n.gate.enter(f, maxConnections, func() { cancel(nil); conn.abort() })
+	kept, ok := n.gate.enter(f, maxConnections, func() { cancel(); conn.abort() })
 	if !ok {
 		n.gate.refuse("tcp", to, fmt.Sprintf("the VM has %d connections already", maxConnections))
 		r.Complete(true)
@@ -167,11 +167,8 @@ func (n *network) serveTCP(r *tcp.ForwarderRequest) {
 	outside, err := dialOutside(late, "tcp", netip.AddrPortFrom(f.Address, f.Port))
 	stop()
 	if err != nil {
-		if cause := context.Cause(ctx); errors.Is(cause, errGaveWay) {
-			err = cause
-		}
 		n.explain("tcp", to, err)
-		r.Complete(true)
+		r.Complete(ctx.Err() == nil) // what gave way, the guest asks for again
 		return
 	}
 	guest, ok := n.accept(ctx, r)
@@ -219,8 +216,6 @@ func (n *network) explain(protocol string, to netip.AddrPort, err error) {
 	switch {
 	case errors.Is(err, syscall.ENETUNREACH):
 		n.gate.refuse(protocol, to, "the host has no network that leads there")
-	case errors.Is(err, errGaveWay):
-		n.gate.refuse(protocol, to, err.Error())
 	case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE):
 		n.gate.refuse(protocol, to, "the host gives no more open files")
 	}

@@ -46,10 +46,12 @@ func run(ctx context.Context, dir string, heap uint64) error {
 	if err := s.start(cfg); err != nil {
 		return err
 	}
-	defer guardHeap(heap, func() {
+	guard := guardHeap(heap, func() {
 		g.relieve()
 		s.publisher.relieve()
-	}).stop()
+	})
+	defer guard.stop()
+	n.link.breathe = guard.check
 
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

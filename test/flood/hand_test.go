@@ -22,6 +22,8 @@ type hand struct {
 	// opened, if there is one, is called with each connection as it is completed, and pull
 	// when the network has taken data, or may take more.
 	opened, pull func(c *handConn)
+	// leaves: everything is answered with a reset.
+	leaves bool
 
 	count  atomic.Int64 // completed ones
 	resets atomic.Int64
@@ -172,6 +174,10 @@ func (h *hand) complete(key handKey, c *handConn, tcp header.TCP) {
 func (h *hand) receive(c *handConn, tcp header.TCP, size int) {
 	c.taken = tcp.AckNumber()
 	c.room = int(tcp.WindowSize())<<c.scale - int(c.next-c.taken)
+	if h.leaves {
+		h.segmentAt(c, c.taken, header.TCPFlagRst, nil)
+		return
+	}
 	if h.pull != nil && c.room > 0 {
 		h.pull(c)
 	}
