@@ -97,11 +97,12 @@ func (n networked) works() {
 }
 
 // fetch downloads in the guest whether or not anybody looks on; the function that it
-// returns waits for the end and says how it came out, as "CODE SUM".
+// returns waits for the end and says how it came out, as "CODE SUM". Who only reads learns
+// that a connection is lost when it asks, which keep-alive does here within seconds.
 func (n networked) fetch(path string) (ended func() string) {
 	n.Helper()
 	name := "/tmp/" + filepath.Base(path)
-	n.guest("open", fmt.Sprintf(`setsid sh -c 'curl -sS -o %[1]s http://%[2]s:%[3]s%[4]s; echo $? $(sha256sum < %[1]s) > %[1]s.new; mv %[1]s.new %[1]s.end' </dev/null >%[1]s.log 2>&1 &`,
+	n.guest("open", fmt.Sprintf(`setsid sh -c 'curl -sS --keepalive-time 2 -o %[1]s http://%[2]s:%[3]s%[4]s; echo $? $(sha256sum < %[1]s) > %[1]s.new; mv %[1]s.new %[1]s.end' </dev/null >%[1]s.log 2>&1 &`,
 		name, peerAddress, servicePort, path))
 	return func() (end string) {
 		n.Helper()
