@@ -22,7 +22,7 @@ const (
 	dnsQuery     = 4096
 	dnsLargest   = 4096 // bytes of an answer by UDP
 	dnsIdle      = 10 * time.Second
-	dnsPipelined = 16 // questions that are open on one connection
+	dnsPipelined = 4  // questions that are open on one connection
 	dnsLocalTTL  = 60 // seconds, of the answers that are ours
 )
 

@@ -1,7 +1,10 @@
 package netstack
 
 import (
+	"fmt"
+	"maps"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -12,7 +15,7 @@ import (
 // gate judges what the guest asks for and keeps what it was given, so that a new policy
 // can take it back.
 type gate struct {
-	own   func(netip.Addr) bool // tells the addresses of the host's interfaces
+	hosts atomic.Pointer[ownAddresses] // the addresses of the host's interfaces
 	names *names
 	log   *refusalLog
 
@@ -27,14 +30,20 @@ type gate struct {
 // flow is something that the gate let through.
 type flow struct {
 	netpolicy.Flow
-	// end breaks it off. It is called at most once by the gate, and must not wait.
+	// end breaks it off. It may be called twice, and must not wait.
 	end func()
 }
 
-func newGate(own func(netip.Addr) bool, log *refusalLog) *gate {
-	g := &gate{own: own, names: newNames(), log: log, flows: make(map[*flow]struct{}), open: make(map[string]int)}
+func newGate(log *refusalLog) *gate {
+	g := &gate{names: newNames(), log: log, flows: make(map[*flow]struct{}), open: make(map[string]int)}
 	g.policy.Store(new(netpolicy.Policy)) // which forbids all
 	return g
+}
+
+// own tells the addresses of the host's interfaces; until they are known all are.
+func (g *gate) own(addr netip.Addr) bool {
+	hosts := g.hosts.Load()
+	return hosts == nil || hosts.has(addr)
 }
 
 // judge says whether the guest may have to, and logs when not. The flow's address is where
@@ -45,7 +54,7 @@ func (g *gate) judge(protocol string, to netip.AddrPort) (netpolicy.Flow, bool) 
 		f.Gateway, f.Address = true, netip.AddrFrom4([4]byte{127, 0, 0, 1})
 		f.Names = []string{netwire.HostName}
 	} else {
-		f.Names, f.Own = g.names.lookup(to.Addr()), g.own(to.Addr())
+		f.Names, f.Own = g.names.lookup(to.Addr()), g.own(to.Addr()) || endsHere(to.Addr())
 	}
 	verdict := g.policy.Load().Judge(f)
 	if !verdict.Allowed {
@@ -70,18 +79,21 @@ func target(protocol string, to netip.AddrPort) string {
 	return to.Addr().String()
 }
 
-// enter makes f known until leave; end breaks it off. It is false when the policy has
-// changed its mind since f was judged, or room is used up.
-func (g *gate) enter(f netpolicy.Flow, most int, end func()) (*flow, bool) {
+// enter makes f known until leave; end breaks it off. It is nil, and why, when the policy
+// has changed its mind since f was judged, or room is used up.
+func (g *gate) enter(f netpolicy.Flow, most int, end func()) (*flow, string) {
 	kept := &flow{Flow: f, end: end}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.open[f.Protocol] >= most || !g.policy.Load().Judge(f).Allowed {
-		return nil, false
+	if g.open[f.Protocol] >= most {
+		return nil, fmt.Sprintf("the VM has %d %s connections already", most, f.Protocol)
+	}
+	if verdict := g.policy.Load().Judge(f); !verdict.Allowed {
+		return nil, verdict.Reason
 	}
 	g.flows[kept] = struct{}{}
 	g.open[f.Protocol]++
-	return kept, true
+	return kept, ""
 }
 
 func (g *gate) leave(f *flow) {
@@ -107,10 +119,17 @@ func (g *gate) count(protocol string) int {
 // setPolicy puts p in force and breaks off what it forbids.
 func (g *gate) setPolicy(p netpolicy.Policy) {
 	g.policy.Store(&p)
+	g.judgeAgain()
+}
+
+// judgeAgain breaks off what is forbidden now: by another policy, or as the host has got
+// another address.
+func (g *gate) judgeAgain() {
+	p := g.policy.Load()
 	g.cut(func(f *flow) bool {
 		asked := f.Flow
 		if !asked.Gateway {
-			asked.Own = g.own(asked.Address)
+			asked.Own = asked.Own || g.own(asked.Address)
 		}
 		return !p.Judge(asked).Allowed
 	})
@@ -122,17 +141,15 @@ func (g *gate) relieve() {
 	g.cut(func(*flow) bool { return true })
 }
 
+// cut breaks off some. which is called without a lock.
 func (g *gate) cut(which func(*flow) bool) {
-	var ends []func()
 	g.mu.Lock()
-	for f := range g.flows {
-		if which(f) {
-			g.dropLocked(f)
-			ends = append(ends, f.end)
-		}
-	}
+	all := slices.Collect(maps.Keys(g.flows))
 	g.mu.Unlock()
-	for _, end := range ends {
-		end()
+	for _, f := range all {
+		if which(f) {
+			g.leave(f)
+			f.end()
+		}
 	}
 }

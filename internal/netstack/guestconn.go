@@ -24,12 +24,26 @@ func newGuestConn(queue *waiter.Queue, endpoint tcpip.Endpoint) guestConn {
 	return guestConn{gonet.NewTCPConn(queue, endpoint), queue, endpoint}
 }
 
+// OnReset calls f once the guest has reset the connection, until stop is called. Whoever
+// waits for the other side would not see it.
+func (c guestConn) OnReset(f func()) (stop func()) {
+	entry := waiter.NewFunctionEntry(waiter.EventErr|waiter.EventHUp, func(waiter.EventMask) {
+		if tcp.EndpointState(c.endpoint.State()) == tcp.StateError {
+			go f() // the stack's locks are held
+		}
+	})
+	c.queue.EventRegister(&entry)
+	return func() { c.queue.EventUnregister(&entry) }
+}
+
 // Finish closes the connection and waits until the guest has taken the rest, at most
 // lingerTime: what waits for it is this process's memory.
 func (c guestConn) Finish() {
 	entry, changed := waiter.NewChannelEntry(waiter.EventHUp)
 	c.queue.EventRegister(&entry)
 	defer c.queue.EventUnregister(&entry)
+	dead := tcpip.TCPUserTimeoutOption(deadTime)
+	c.endpoint.SetSockOpt(&dead)
 	c.Close()
 	late := time.NewTimer(lingerTime)
 	defer late.Stop()

@@ -22,9 +22,11 @@ type handshakes struct {
 	mu     sync.Mutex // a leaf
 	open   list.List  // of *handshake, the oldest first
 	target map[netip.Addr]int
+	made   map[stack.TransportEndpointID]struct{} // a packet sent again is no other one
 }
 
 type handshake struct {
+	id     stack.TransportEndpointID
 	to     netip.Addr
 	began  time.Time
 	cancel func()
@@ -38,19 +40,25 @@ const (
 	handshakePatience = 2 * time.Second
 )
 
-func newHandshakes() *handshakes { return &handshakes{target: make(map[netip.Addr]int)} }
+func newHandshakes() *handshakes {
+	return &handshakes{target: make(map[netip.Addr]int), made: make(map[stack.TransportEndpointID]struct{})}
+}
 
 // begin makes room for one to an address, which end gives back; cancel takes it away.
-// Without room ok is false.
-func (h *handshakes) begin(to netip.Addr, cancel func()) (end func(), ok bool) {
+// Without room, or when it is being made already, ok is false.
+func (h *handshakes) begin(id stack.TransportEndpointID, to netip.Addr, cancel func()) (end func(), ok bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if _, twice := h.made[id]; twice {
+		return nil, false
+	}
 	now := time.Now()
 	if h.open.Len() >= maxHandshakes && !h.evictLocked(to, now) {
 		return nil, false
 	}
-	element := h.open.PushBack(&handshake{to: to, began: now, cancel: cancel})
+	element := h.open.PushBack(&handshake{id: id, to: to, began: now, cancel: cancel})
 	h.target[to]++
+	h.made[id] = struct{}{}
 	return func() {
 		h.mu.Lock()
 		defer h.mu.Unlock()
@@ -83,6 +91,7 @@ func (h *handshakes) removeLocked(e *list.Element) {
 	}
 	s.over = true
 	h.open.Remove(e)
+	delete(h.made, s.id)
 	if h.target[s.to]--; h.target[s.to] == 0 {
 		delete(h.target, s.to)
 	}
@@ -97,10 +106,11 @@ func (n *network) accept(ctx context.Context, r *tcp.ForwarderRequest) (guestCon
 	var queue waiter.Queue
 	endpoint, problem := r.CreateEndpoint(&queue)
 	close(done)
+	inTime := stop()
 	if problem != nil {
 		return guestConn{}, false
 	}
-	if !stop() {
+	if !inTime {
 		endpoint.Abort()
 		return guestConn{}, false
 	}

@@ -6,10 +6,10 @@ import (
 	"sync/atomic"
 )
 
-// heapLimit is how much memory the guest's connections may hold in all, in bytes. The
-// other bounds keep below it whatever was thought of; this one is for the rest. Stacks,
-// the collector's own and the program come on top: together 25 MiB at most.
-const heapLimit = 36 << 20
+// heapLimit is how much memory the guest's connections may hold in all, stacks included,
+// in bytes. The other bounds keep below it whatever was thought of; this one is for the
+// rest. What the collector needs and the program itself come on top, 15 MiB.
+const heapLimit = 42 << 20
 
 // heapGuard watches what is alive after each collection. It costs nothing in between: the
 // collector itself calls it.
@@ -38,7 +38,7 @@ func (g *heapGuard) arm() {
 		if g.stopped.Load() {
 			return
 		}
-		if read("/gc/heap/live:bytes") > g.limit {
+		if g.exceeded() {
 			go g.over() // the finalizers of all wait for this one
 		}
 		g.arm()
@@ -48,14 +48,18 @@ func (g *heapGuard) arm() {
 // check looks at once. Garbage counts until it is collected, so a full heap is collected
 // first: whoever takes in more than the collector can follow waits for it here.
 func (g *heapGuard) check() {
-	if read("/memory/classes/heap/objects:bytes") <= g.limit {
+	if read("/memory/classes/heap/objects:bytes")+stacks() <= g.limit {
 		return
 	}
 	runtime.GC()
-	if read("/gc/heap/live:bytes") > g.limit {
+	if g.exceeded() {
 		g.over()
 	}
 }
+
+func (g *heapGuard) exceeded() bool { return read("/gc/heap/live:bytes")+stacks() > g.limit }
+
+func stacks() uint64 { return read("/memory/classes/heap/stacks:bytes") }
 
 // read reads one of the runtime's numbers, which all are 0 where they have gone.
 func read(name string) uint64 {

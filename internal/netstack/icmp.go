@@ -50,7 +50,7 @@ func (n *network) servePing(id stack.TransportEndpointID, p *stack.PacketBuffer)
 		case err == nil:
 			n.sendICMP(id.LocalAddress, answer)
 		case errors.Is(err, os.ErrDeadlineExceeded):
-		case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
+		case errors.Is(err, errPingClosed):
 			n.gate.refuse("icmp", to, "the host lets this user send no echo requests: sysctl net.ipv4.ping_group_range")
 			prohibited()
 		default:
@@ -71,9 +71,15 @@ func (n *network) refuseUnroutable(to netip.Addr, packet []byte) {
 	n.sendICMP(gatewayAddress(), prohibition(packet))
 }
 
+// errPingClosed: net.ipv4.ping_group_range has no group of this user.
+var errPingClosed = errors.New("no sockets for echo requests")
+
 // ping sends an echo request of ICMP and returns the answer with the guest's identifier.
 func (n *network) ping(to netip.Addr, request []byte) ([]byte, error) {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.IPPROTO_ICMP)
+	if errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) {
+		return nil, errPingClosed
+	}
 	if err != nil {
 		return nil, err
 	}

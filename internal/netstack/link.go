@@ -203,7 +203,7 @@ var errFrame = errors.New("QEMU sent no frame")
 // read without a look at the memory, in bytes; a packet counts for at least packetCost.
 const (
 	readAhead  = 16 << 10
-	breath     = 2 << 20
+	breath     = 1 << 20
 	packetCost = 1 << 10
 )
 

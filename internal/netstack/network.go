@@ -10,6 +10,7 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -21,6 +22,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 	"gvisor.dev/gvisor/pkg/waiter"
 
+	"banger/internal/netpolicy"
 	"banger/internal/netwire"
 )
 
@@ -149,22 +151,22 @@ func (n *network) serveTCP(r *tcp.ForwarderRequest) {
 	}
 	ctx, cancel := context.WithCancel(n.ctx)
 	defer cancel()
-	made, ok := n.shakes.begin(f.Address, cancel)
+	made, ok := n.shakes.begin(r.ID(), f.Address, cancel)
 	if !ok {
 		r.Complete(false) // the guest asks again
 		return
 	}
 	defer made()
 	conn := newSplice(n.gate)
-	kept, ok := n.gate.enter(f, maxConnections, func() { cancel(); conn.abort() })
-	if !ok {
-		n.gate.refuse("tcp", to, fmt.Sprintf("the VM has %d connections already", maxConnections))
+	kept, reason := n.gate.enter(f, maxConnections, func() { cancel(); conn.abort() })
+	if kept == nil {
+		n.gate.refuse("tcp", to, reason)
 		r.Complete(true)
 		return
 	}
 	defer n.gate.leave(kept)
 	late, stop := context.WithTimeout(ctx, dialTimeout)
-	outside, err := dialOutside(late, "tcp", netip.AddrPortFrom(f.Address, f.Port))
+	outside, err := dialOutside(late, f)
 	stop()
 	if err != nil {
 		n.explain("tcp", to, err)
@@ -206,9 +208,47 @@ func keepAlive() net.KeepAliveConfig {
 	return net.KeepAliveConfig{Enable: true, Idle: time.Minute, Interval: 15 * time.Second, Count: 6}
 }
 
-func dialOutside(ctx context.Context, network string, to netip.AddrPort) (net.Conn, error) {
-	d := net.Dialer{KeepAliveConfig: keepAlive()}
-	return d.DialContext(ctx, network, to.String())
+// errOwn is an address that has become the host's since it was judged.
+var errOwn = errors.New("an address of this host")
+
+func dialOutside(ctx context.Context, f netpolicy.Flow) (net.Conn, error) {
+	d := net.Dialer{KeepAliveConfig: keepAlive(), Control: noBroadcast}
+	conn, err := d.DialContext(ctx, f.Protocol, netip.AddrPortFrom(f.Address, f.Port).String())
+	if err == nil && !f.Own && !f.Gateway && isOwn(conn.LocalAddr(), f.Address) {
+		abort(conn)
+		return nil, errOwn
+	}
+	return conn, err
+}
+
+// noBroadcast: a network's broadcast address is its hosts' own services, this one's too.
+// Go lets all sockets send there.
+func noBroadcast(_, _ string, raw syscall.RawConn) error {
+	var err error
+	if failed := raw.Control(func(fd uintptr) {
+		err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_BROADCAST, 0)
+	}); failed != nil {
+		return failed
+	}
+	return err
+}
+
+// isOwn tells a socket's own address that is the one it is connected to.
+func isOwn(local net.Addr, to netip.Addr) bool {
+	at, err := netip.ParseAddrPort(local.String())
+	return err == nil && at.Addr().Unmap() == to
+}
+
+// endsHere tells whether the host keeps what is sent to an address, though no interface
+// has it: a route of type local. Connecting a UDP socket sends nothing.
+func endsHere(to netip.Addr) bool {
+	d := net.Dialer{Control: noBroadcast}
+	conn, err := d.Dial("udp", netip.AddrPortFrom(to, 1).String())
+	if err != nil {
+		return false
+	}
+	defer conn.Close()
+	return isOwn(conn.LocalAddr(), to)
 }
 
 // explain logs what a user would look for on the side of the guest and cannot find there.
@@ -216,6 +256,12 @@ func (n *network) explain(protocol string, to netip.AddrPort, err error) {
 	switch {
 	case errors.Is(err, syscall.ENETUNREACH):
 		n.gate.refuse(protocol, to, "the host has no network that leads there")
+	case errors.Is(err, errOwn):
+		n.gate.refuse(protocol, to, errOwn.Error())
+	case errors.Is(err, syscall.EACCES):
+		n.gate.refuse(protocol, to, "a broadcast address, or the host's firewall forbids it")
+	case errors.Is(err, syscall.EPERM):
+		n.gate.refuse(protocol, to, "the host's firewall forbids it")
 	case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE):
 		n.gate.refuse(protocol, to, "the host gives no more open files")
 	}
@@ -290,7 +336,7 @@ func (n *network) answerDatagrams(conn net.PacketConn) {
 // maxResolverConns bounds the connections to the resolver, resolverBacklog those that
 // nobody has accepted yet.
 const (
-	maxResolverConns = 64
+	maxResolverConns = 32
 	resolverBacklog  = 10
 )
 

@@ -24,15 +24,17 @@ type ownAddresses struct {
 
 	mu      sync.Mutex // one reads at a time: an older set never replaces a newer one
 	attempt time.Time
-	told    bool // follow runs
+	told    bool   // follow runs
+	changed func() // is called after each change, by follow
 
 	events *os.File // a netlink socket, or nil
 	done   chan struct{}
 }
 
-// newOwnAddresses reads the addresses and follows them.
-func newOwnAddresses() *ownAddresses {
-	o := &ownAddresses{done: make(chan struct{})}
+// newOwnAddresses reads the addresses and follows them; changed is called when they may be
+// others, if the kernel tells.
+func newOwnAddresses(changed func()) *ownAddresses {
+	o := &ownAddresses{done: make(chan struct{}), changed: changed}
 	events, err := subscribe()
 	if err != nil {
 		o.poll.Store(true)
@@ -137,6 +139,7 @@ func (o *ownAddresses) follow() {
 	buf := make([]byte, 8<<10)
 	for o.await(conn, buf) {
 		o.read()
+		o.changed()
 	}
 }
 

@@ -95,7 +95,7 @@ func TestOwnAddressesFollowTheHost(t *testing.T) {
 	if !inNetns(t) {
 		return
 	}
-	o := newOwnAddresses()
+	o := newOwnAddresses(func() {})
 	defer o.close()
 	four, six := netip.MustParseAddr("203.0.113.7"), netip.MustParseAddr("2001:db8::7")
 	for range 3 {
@@ -124,7 +124,7 @@ func TestOwnAddressesOutliveLostEvents(t *testing.T) {
 	if !inNetns(t) {
 		return
 	}
-	o := newOwnAddresses()
+	o := newOwnAddresses(func() {})
 	defer o.close()
 	conn, err := o.events.SyscallConn()
 	if err != nil {

@@ -29,9 +29,10 @@ func run(ctx context.Context, dir string, heap uint64) error {
 	}
 	log := newLog(dir)
 	defer log.close()
-	own := newOwnAddresses()
+	g := newGate(log)
+	own := newOwnAddresses(g.judgeAgain)
 	defer own.close()
-	g := newGate(own.has, log)
+	g.hosts.Store(own)
 	n, err := newNetwork(mac, g, newResolver(resolverOptions{
 		policy: func() netpolicy.Policy { return *g.policy.Load() }, own: own.has, refuse: log.add, names: g.names,
 		resolvConf: "/etc/resolv.conf", hostAddr: netwire.Gateway(),

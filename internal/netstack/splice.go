@@ -36,19 +36,26 @@ func (s *splice) run(guest, outside net.Conn, size int) {
 		s.abort()
 		return
 	}
+	if g, ok := guest.(guestEnd); ok {
+		defer g.OnReset(s.abort)()
+	}
 	var up sync.WaitGroup
 	up.Go(func() { s.copy(outside, guest, &s.gate.sent, size) })
 	s.copy(guest, outside, &s.gate.received, size)
 	up.Wait()
 	outside.Close()
-	if f, ok := guest.(finisher); ok {
-		f.Finish()
+	if g, ok := guest.(guestEnd); ok {
+		g.Finish()
 	}
 	guest.Close()
 }
 
-// finisher is what an end of the guest's is, see guestConn.
-type finisher interface{ Finish() }
+// guestEnd is what an end of the guest's is, see guestConn.
+type guestEnd interface {
+	OnReset(f func()) (stop func())
+	Finish()
+	Abort()
+}
 
 // abort resets both ends, now or when run begins.
 func (s *splice) abort() {
@@ -95,15 +102,12 @@ func (s *splice) copy(dst, src net.Conn, count *atomic.Int64, size int) {
 	}
 }
 
-// aborter is what an end of the guest's is, see guestConn.
-type aborter interface{ Abort() }
-
 // abort closes conn so that its peer sees a reset.
 func abort(conn net.Conn) {
 	if tcp, ok := conn.(*net.TCPConn); ok {
 		tcp.SetLinger(0)
 	}
-	if guest, ok := conn.(aborter); ok {
+	if guest, ok := conn.(guestEnd); ok {
 		guest.Abort()
 	}
 	conn.Close()

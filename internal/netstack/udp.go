@@ -3,7 +3,6 @@ package netstack
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net"
 	"net/netip"
 	"sync"
@@ -29,10 +28,10 @@ func (n *network) serveUDP(r *udp.ForwarderRequest) bool {
 		return false
 	}
 	ctx, cancel := context.WithCancel(n.ctx)
-	kept, ok := n.gate.enter(f, maxFlows, cancel)
-	if !ok {
+	kept, reason := n.gate.enter(f, maxFlows, cancel)
+	if kept == nil {
 		cancel()
-		n.gate.refuse("udp", to, fmt.Sprintf("the VM has %d UDP flows already", maxFlows))
+		n.gate.refuse("udp", to, reason)
 		return false
 	}
 	fail := func() bool {
@@ -40,12 +39,12 @@ func (n *network) serveUDP(r *udp.ForwarderRequest) bool {
 		cancel()
 		return false
 	}
-	outside, err := dialOutside(ctx, "udp", netip.AddrPortFrom(f.Address, f.Port))
+	outside, err := dialOutside(ctx, f)
 	if err != nil {
 		n.explain("udp", to, err)
 		return fail()
 	}
-	d := &datagramFlow{network: n, outside: outside.(*net.UDPConn), ctx: ctx, cancel: cancel}
+	d := &datagramFlow{network: n, outside: outside.(*net.UDPConn), ctx: ctx, cancel: cancel, to: to}
 	port := r.ID().RemotePort
 	d.closed = func() { n.sendICMP(tcpip.AddrFrom4(to.Addr().As4()), portUnreachable(port, to)) }
 	endpoint, problem := r.CreateEndpoint(&d.queue)
@@ -71,6 +70,7 @@ type datagramFlow struct {
 	outside *net.UDPConn
 	ctx     context.Context
 	cancel  context.CancelFunc
+	to      netip.AddrPort
 	closed  func()       // tells the guest that nobody listens there
 	used    atomic.Int64 // time of the last datagram, in nanoseconds since 1970
 }
@@ -101,6 +101,14 @@ func (d *datagramFlow) touch(count *atomic.Int64, size int) {
 	count.Add(int64(size))
 }
 
+// fail tells the guest that its datagrams go nowhere, and the user why if it is known.
+func (d *datagramFlow) fail(err error) {
+	if d.ctx.Err() == nil {
+		d.closed()
+		d.network.explain("udp", d.to, err)
+	}
+}
+
 // up passes on what the guest sends.
 func (d *datagramFlow) up() {
 	defer d.cancel()
@@ -123,6 +131,7 @@ func (d *datagramFlow) up() {
 			case errors.Is(err, syscall.ECONNREFUSED): // it is about a datagram before
 				d.closed()
 			case err != nil && !errors.Is(err, syscall.EMSGSIZE): // what is too large is lost
+				d.fail(err)
 				return
 			}
 		case *tcpip.ErrWouldBlock:
@@ -164,6 +173,8 @@ func (d *datagramFlow) down() {
 		} else if errors.Is(err, syscall.ECONNREFUSED) {
 			d.closed()
 			err = nil
+		} else {
+			d.fail(err)
 		}
 		d.network.datagrams.Put(buf)
 	}
