@@ -174,7 +174,7 @@ func (h *hand) complete(key handKey, c *handConn, tcp header.TCP) {
 func (h *hand) receive(c *handConn, tcp header.TCP, size int) {
 	c.taken = tcp.AckNumber()
 	c.room = int(tcp.WindowSize())<<c.scale - int(c.next-c.taken)
-	if h.leaves {
+	if h.leaves { // by then it is known what the network has taken
 		h.segmentAt(c, c.taken, header.TCPFlagRst, nil)
 		return
 	}

@@ -45,7 +45,8 @@ func tcpAttacks() []attack {
 		{name: "1,020 downloads, a window of zero", network: host(), run: func(t *testing.T, g *guest) { downloads(t, g, 1460, 0) }},
 		{name: "16 trickles, nothing acknowledged", network: host(), run: func(t *testing.T, g *guest) { trickles(t, g, 16) }},
 		{name: "1,020 trickles, nothing acknowledged", network: host(), run: func(t *testing.T, g *guest) { trickles(t, g, most) }},
-		{name: "1,020 uploads, nothing read", network: host(), run: uploads},
+		{name: "1,020 uploads, nothing read", network: host(), run: func(t *testing.T, g *guest) { uploads(t, g, waitForEnd) }},
+		{name: "1,020 connections, both ways full", network: host(), run: func(t *testing.T, g *guest) { uploads(t, g, sendForEver) }},
 		{name: "1,020 uploads that ignore the window", network: host(), run: rudeUploads},
 		{name: "1,020 uploads, each byte out of order", network: host(), run: disorder},
 		{name: "2,000 downloads, given up unread", network: host(), run: orphans},
@@ -132,7 +133,12 @@ func (h *hand) leave() {
 	h.leaves = true
 	h.mu.Unlock()
 	h.g.until("the network has let all go", func() bool {
-		h.each(func(c *handConn) { h.segmentAt(c, c.taken, header.TCPFlagRst, nil) })
+		h.each(func(c *handConn) {
+			h.segmentAt(c, c.taken, header.TCPFlagRst, nil)
+			// Where an answer was lost, that is not the number which the network expects.
+			// It tells to whoever sends another one.
+			h.segmentAt(c, c.taken-1, 0, []byte{0})
+		})
 		h.g.settle()
 		return h.g.stats().Connections == 0
 	})
@@ -155,8 +161,8 @@ func trickles(t *testing.T, g *guest, count int) {
 }
 
 // uploads send what the window allows.
-func uploads(t *testing.T, g *guest) {
-	port := service(t, "127.0.0.1", waitForEnd)
+func uploads(t *testing.T, g *guest, treat func(net.Conn)) {
+	port := service(t, "127.0.0.1", treat)
 	h := newHand(g)
 	block := make([]byte, 32<<10)
 	h.pull = func(c *handConn) {
