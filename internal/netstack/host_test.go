@@ -75,6 +75,11 @@ func TestHostsOwn(t *testing.T) {
 		w.dialUDP(at).Write([]byte("to " + to))
 		w.logged("udp", at.String(), "an address of this host")
 	}
+	for _, e := range w.log() {
+		if e.Rule == "" {
+			t.Errorf("%s was tried first, and refused then: %+v", e.Target, e)
+		}
+	}
 	w.dialUDP(netip.AddrPortFrom(netip.MustParseAddr("198.51.100.255"), port)).Write([]byte("to all"))
 	w.logged("udp", fmt.Sprintf("198.51.100.255:%d", port), "broadcast")
 
