@@ -187,12 +187,17 @@ func (g *guest) carry() {
 	})
 }
 
+// hear waits while the guest is deaf.
+func (g *guest) hear() {
+	g.deaf.Lock()
+	defer g.deaf.Unlock()
+}
+
 func (g *guest) read() {
 	r := bufio.NewReaderSize(g.conn, 256<<10)
 	frame := make([]byte, 1<<20)
 	for {
-		g.deaf.Lock()
-		g.deaf.Unlock()
+		g.hear()
 		var length [4]byte
 		if _, err := io.ReadFull(r, length[:]); err != nil {
 			return

@@ -330,7 +330,7 @@ const bigAnswer = 4000
 func (w *world) serveDNS() {
 	at := dnsAddress + ":53"
 	for _, server := range []*dns.Server{{PacketConn: w.peer.listenPacket(at)}, {Listener: w.peer.listen(at)}} {
-		_, datagrams := server.PacketConn.(net.PacketConn)
+		datagrams := server.PacketConn != nil
 		server.Handler = dns.HandlerFunc(func(rw dns.ResponseWriter, question *dns.Msg) { rw.WriteMsg(resolve(question, datagrams)) })
 		started := make(chan struct{})
 		server.NotifyStartedFunc = func() { close(started) }
