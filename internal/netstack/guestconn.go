@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"sync"
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -24,12 +25,13 @@ func newGuestConn(queue *waiter.Queue, endpoint tcpip.Endpoint) guestConn {
 	return guestConn{gonet.NewTCPConn(queue, endpoint), queue, endpoint}
 }
 
-// OnReset calls f once the guest has reset the connection, until stop is called. Whoever
-// waits for the other side would not see it.
+// OnReset calls f, once, when the guest has reset the connection, until stop is called.
+// Whoever waits for the other side would not see it.
 func (c guestConn) OnReset(f func()) (stop func()) {
+	var once sync.Once // to end the connection is an event, too
 	entry := waiter.NewFunctionEntry(waiter.EventErr|waiter.EventHUp, func(waiter.EventMask) {
 		if tcp.EndpointState(c.endpoint.State()) == tcp.StateError {
-			go f() // the stack's locks are held
+			once.Do(func() { go f() }) // the stack's locks are held
 		}
 	})
 	c.queue.EventRegister(&entry)

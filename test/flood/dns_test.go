@@ -2,6 +2,7 @@ package flood
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -29,7 +30,7 @@ func dnsAttacks() []attack {
 
 // serveDNS is the host's resolver: names below silent get no answer, those below big 10,000
 // records, those below many 16 addresses, all others one.
-func serveDNS(t *testing.T) {
+func serveDNS(t *testing.T, there func(func())) {
 	handler := dns.HandlerFunc(func(w dns.ResponseWriter, q *dns.Msg) {
 		name := q.Question[0].Name
 		answer := new(dns.Msg)
@@ -57,16 +58,21 @@ func serveDNS(t *testing.T) {
 		}
 		w.Write(manyRecords(answer))
 	})
-	for _, network := range []string{"udp", "tcp"} {
+	var datagrams net.PacketConn
+	var listener net.Listener
+	var errs [2]error
+	there(func() {
+		datagrams, errs[0] = net.ListenPacket("udp", resolver+":53")
+		listener, errs[1] = net.Listen("tcp", resolver+":53")
+	})
+	if err := errors.Join(errs[:]...); err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range []*dns.Server{{PacketConn: datagrams, Handler: handler}, {Listener: listener, Handler: handler}} {
 		started := make(chan struct{})
-		s := &dns.Server{Addr: resolver + ":53", Net: network, Handler: handler, NotifyStartedFunc: func() { close(started) }}
-		ended := make(chan error, 1)
-		go func() { ended <- s.ListenAndServe() }()
-		select {
-		case <-started:
-		case err := <-ended:
-			t.Fatal(err)
-		}
+		s.NotifyStartedFunc = func() { close(started) }
+		go s.ActivateAndServe()
+		<-started
 		t.Cleanup(func() { s.Shutdown() })
 	}
 }

@@ -10,7 +10,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -30,8 +32,8 @@ const patience = 90 * time.Second
 // inside is set in the namespace: the directory of the built program.
 const inside = "BANGER_FLOOD_INSIDE"
 
-// The addresses of the namespace. All of somewhere are the host's but none of an
-// interface; whoever asks for one of nowhere gets no answer.
+// The addresses of the world. All of somewhere are those of another namespace at the end of
+// a cable; who asks for one of nowhere gets no answer.
 const (
 	somewhere = "203.0.113.0/24"
 	nowhere   = "198.51.100.0/24"
@@ -57,15 +59,18 @@ func TestFlood(t *testing.T) {
 		runInside(t)
 		return
 	}
-	furnish(t)
-	serveDNS(t)
+	there := furnish(t)
+	if t.Failed() {
+		return
+	}
+	serveDNS(t, there)
 	t.Run("a length that no frame has", func(t *testing.T) { noFrame(t, program) })
 	beside := newGuest(t, program, host())
 	watch := beside.watch()
 
 	var mu sync.Mutex
 	rows := make(map[string]string)
-	attacks := slices.Concat(tcpAttacks(), frameAttacks(), udpAttacks(), dnsAttacks(), portAttacks())
+	attacks := slices.Concat(tcpAttacks(there), frameAttacks(), udpAttacks(there), dnsAttacks(), portAttacks())
 	t.Run("attacks", func(t *testing.T) {
 		for _, a := range attacks {
 			t.Run(strings.ReplaceAll(a.name, " ", "_"), func(t *testing.T) {
@@ -132,24 +137,56 @@ func runInside(t *testing.T) {
 	}
 }
 
-// furnish makes the network of the namespace, and its resolv.conf.
-func furnish(t *testing.T) {
+// furnish makes the network of the namespace, and its resolv.conf. What it returns runs a
+// function in the other namespace, where somewhere is.
+func furnish(t *testing.T) (there func(func())) {
 	conf := filepath.Join(t.TempDir(), "resolv.conf")
 	if err := os.WriteFile(conf, []byte("nameserver "+resolver+"\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	for _, line := range []string{
-		"mount --bind " + conf + " /etc/resolv.conf",
+	work, thread := make(chan func()), make(chan int)
+	go func() {
+		runtime.LockOSThread() // for good: the thread ends with the goroutine
+		if err := syscall.Unshare(syscall.CLONE_NEWNET); err != nil {
+			close(thread)
+			return
+		}
+		thread <- syscall.Gettid()
+		for f := range work {
+			f()
+		}
+	}()
+	tid, ok := <-thread
+	if !ok {
+		t.Fatal("cannot make a namespace")
+	}
+	t.Cleanup(func() { close(work) })
+	there = func(f func()) {
+		done := make(chan struct{})
+		work <- func() { defer close(done); f() }
+		<-done
+	}
+	steps(t, "mount --bind "+conf+" /etc/resolv.conf",
 		"ip link set lo up",
-		"ip route add local " + somewhere + " dev lo",
+		"ip link add cable type veth peer name cable netns "+strconv.Itoa(tid),
+		"ip addr add 192.0.2.1/24 dev cable",
+		"ip link set cable up",
+		"ip route add "+somewhere+" via 192.0.2.2",
 		"ip link add hole type veth peer name pit",
 		"ip link set hole arp off up",
 		"ip link set pit up",
-		"ip addr add 198.51.100.1/24 dev hole",
-	} {
+		"ip addr add 198.51.100.1/24 dev hole")
+	there(func() {
+		steps(t, "ip link set lo up", "ip addr add 192.0.2.2/24 dev cable", "ip link set cable up", "ip route add local "+somewhere+" dev lo")
+	})
+	return there
+}
+
+func steps(t *testing.T, lines ...string) {
+	for _, line := range lines {
 		args := strings.Fields(line)
 		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
-			t.Fatalf("%s: %v\n%s", line, err, out)
+			t.Errorf("%s: %v\n%s", line, err, out)
 		}
 	}
 }

@@ -33,9 +33,9 @@ func sendForEver(conn net.Conn) {
 
 func readAll(conn net.Conn) { io.Copy(io.Discard, conn) }
 
-func tcpAttacks() []attack {
+func tcpAttacks(there func(func())) []attack {
 	return []attack{
-		{name: "100,000 half-open connections", network: host(), run: halfOpen},
+		{name: "100,000 half-open connections", network: host(), run: func(t *testing.T, g *guest) { halfOpen(t, g, there) }},
 		{name: "50,000 refused connections", network: internet(), run: func(t *testing.T, g *guest) { refused(g, false) }},
 		{name: "50,000 refused, answers unread", network: internet(), run: func(t *testing.T, g *guest) { refused(g, true) }},
 		{name: "2,000 connections to 8 black holes", network: host(), run: func(t *testing.T, g *guest) { blackHole(g, 8) }},
@@ -55,8 +55,9 @@ func tcpAttacks() []attack {
 	}
 }
 
-func halfOpen(t *testing.T, g *guest) {
-	port := service(t, "0.0.0.0", readAll)
+func halfOpen(t *testing.T, g *guest, there func(func())) {
+	var port uint16
+	there(func() { port = service(t, "0.0.0.0", readAll) })
 	h := newHand(g)
 	h.greets = false
 	for i := range 100_000 {

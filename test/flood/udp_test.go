@@ -6,17 +6,18 @@ import (
 	"testing"
 )
 
-func udpAttacks() []attack {
+func udpAttacks(there func(func())) []attack {
 	return []attack{
-		{name: "100,000 datagrams to 10,000 addresses", network: host(), run: manyFlows},
+		{name: "100,000 datagrams to 10,000 addresses", network: host(), run: func(t *testing.T, g *guest) { manyFlows(t, g, there) }},
 		{name: "512 flows, 20,000 datagrams of 60,000 bytes", network: host(), run: bigDatagrams},
 		{name: "200,000 empty datagrams", network: host(), run: emptyDatagrams},
 		{name: "512 flows, big answers unread", network: host(), run: bigAnswers},
 	}
 }
 
-func manyFlows(t *testing.T, g *guest) {
-	_, port := datagramService(t, "0.0.0.0")
+func manyFlows(t *testing.T, g *guest, there func(func())) {
+	var port uint16
+	there(func() { _, port = datagramService(t, "0.0.0.0") })
 	for i := range 100_000 {
 		to := i % 10_000
 		g.push(udpFrame(uint16(1024+i%7), netip.AddrPortFrom(somewhereAt(byte(to%250)), port+uint16(to/250)), make([]byte, 100)))
