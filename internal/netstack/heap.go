@@ -8,8 +8,8 @@ import (
 
 // heapLimit is how much memory the guest's connections may hold in all, stacks included,
 // in bytes. The other bounds keep below it whatever was thought of; this one is for the
-// rest. What the collector needs and the program itself come on top, 15 MiB.
-const heapLimit = 42 << 20
+// rest. What the collector needs and the program itself come on top, 12 MiB.
+const heapLimit = 46 << 20
 
 // heapGuard watches what is alive after each collection. It costs nothing in between: the
 // collector itself calls it.

@@ -23,16 +23,17 @@ func portAttacks() []attack {
 		return n
 	}
 	return []attack{
-		{name: "1,100 clients, the guest accepts none", network: published(0, "tcp"), run: func(t *testing.T, g *guest) { clients(t, g, 0, false, false) }},
-		{name: "1,100 clients, the guest reads nothing", network: published(1, "tcp"), run: func(t *testing.T, g *guest) { clients(t, g, 1, true, false) }},
-		{name: "1,100 clients that read nothing", network: published(2, "tcp"), run: func(t *testing.T, g *guest) { clients(t, g, 2, true, true) }},
+		{name: "1,100 clients, the guest accepts none", network: published(0, "tcp"), run: func(t *testing.T, g *guest) { clients(t, g, 0, false, false, 0) }},
+		{name: "1,100 clients, the guest reads nothing", network: published(1, "tcp"), run: func(t *testing.T, g *guest) { clients(t, g, 1, true, false, 0) }},
+		{name: "1,100 clients that read nothing", network: published(2, "tcp"), run: func(t *testing.T, g *guest) { clients(t, g, 2, true, true, 0) }},
+		{name: "1,100 clients and 1,020 downloads, unread", network: published(4, "tcp"), run: func(t *testing.T, g *guest) { clients(t, g, 4, true, true, most) }},
 		{name: "400 clients by UDP, answers of 60,000 bytes", network: published(3, "udp"), run: datagramClients},
 	}
 }
 
 // clients are programs on the host that connect to a published port, and send for ever,
-// or have the guest send.
-func clients(t *testing.T, g *guest, port int, accepts, down bool) {
+// or have the guest send. It has downloads of its own beside.
+func clients(t *testing.T, g *guest, port int, accepts, down bool, downloads int) {
 	h := newHand(g)
 	h.accepts = accepts
 	if down {
@@ -61,6 +62,9 @@ func clients(t *testing.T, g *guest, port int, accepts, down bool) {
 		}
 	}
 	g.until("some connections are there", func() bool { return g.stats().Connections >= 1000 })
+	if downloads > 0 {
+		h.openAll(1024, downloads, at(service(t, "127.0.0.1", sendForEver)))
+	}
 	g.steady()
 	g.remark("%d connections", g.stats().Connections)
 	for _, conn := range open {
