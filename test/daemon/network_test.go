@@ -230,6 +230,45 @@ func TestPortsBeforeTheStart(t *testing.T) {
 	d.stop(t)
 }
 
+// TestPortsTakenMeanwhile: of two VMs that publish the same port and start at once, one
+// starts, and the other says why not.
+func TestPortsTakenMeanwhile(t *testing.T) {
+	w := newNetworkWorld(t)
+	d := w.start(t, "", 0)
+	c, ctx := d.client(), d.ctx(t)
+	port, release := busyPort(t)
+	release()
+	for _, name := range []string{"v", "u"} {
+		r := networked(&bangerv1.Network{Publish: []string{fmt.Sprintf("%d:80", port)}})
+		r.Name, r.NoStart = name, true
+		if err := c.do(ctx)(c.vms.Create(ctx, r)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for round := range 3 {
+		failed := make(chan error, 2)
+		for _, name := range []string{"v", "u"} {
+			go func() { failed <- c.do(ctx)(c.vms.Start(ctx, &bangerv1.StartVMRequest{Ref: name})) }()
+		}
+		first, second := <-failed, <-failed
+		err := errors.Join(first, second)
+		if (first == nil) == (second == nil) || err != nil && !strings.Contains(err.Error(), "in use") {
+			t.Errorf("round %d: %v, and %v", round, first, second)
+		}
+		for _, name := range []string{"v", "u"} {
+			if err := c.do(ctx)(c.vms.Stop(ctx, &bangerv1.StopVMRequest{Ref: name})); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for _, name := range []string{"v", "u"} {
+		if err := c.do(ctx)(c.vms.Delete(ctx, &bangerv1.DeleteVMRequest{Ref: name, Force: true})); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.stop(t)
+}
+
 // TestSetWhileItRuns: a change is in force at once and stays; one that is refused has
 // changed nothing.
 func TestSetWhileItRuns(t *testing.T) {

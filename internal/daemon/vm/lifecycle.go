@@ -74,7 +74,10 @@ func (m *Manager) boot(ctx context.Context, v *machine, readyAgent, reboot bool,
 	}
 	err, stuck := m.acquireAll(ctx, v, scopeRun, s)
 	if err == nil {
-		if err = m.transition(ctx, v, store.Running, func(r *store.VM) { r.Reboot = false }); err != nil {
+		if err = m.checkPublished(ctx, v); err == nil {
+			err = m.transition(ctx, v, store.Running, func(r *store.VM) { r.Reboot = false })
+		}
+		if err != nil {
 			undo, cancel := undoContext(ctx)
 			defer cancel()
 			stuck = m.releaseAll(undo, v, scopeRun, s.verb)

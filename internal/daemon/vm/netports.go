@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"banger/api"
+	"banger/internal/guest/wire"
 	"banger/internal/netwire"
 )
 
@@ -103,7 +104,7 @@ const (
 
 // tryPorts opens all ports that are published, and closes them again: that the host does
 // not give one is to be known before a VM starts. That banger-net gets them a moment later
-// is likely, not certain; if not, show says so.
+// is likely, not certain: see checkPublished.
 func tryPorts(ctx context.Context, publish []string, hints portHints) error {
 	deadline := time.Now().Add(portPatience)
 	for {
@@ -114,6 +115,36 @@ func tryPorts(ctx context.Context, publish []string, hints portHints) error {
 		select {
 		case <-ctx.Done():
 			return context.Cause(ctx)
+		case <-time.After(portPoll):
+		}
+	}
+}
+
+// publishPatience bounds the wait for the network's process to say what it could open.
+const publishPatience = 5 * time.Second
+
+// checkPublished makes sure that the VM that has started has its ports: between the trial
+// and banger-net another program, or VM, may have taken one.
+func (m *Manager) checkPublished(ctx context.Context, v *machine) error {
+	n, _ := networkOf(v.rec)
+	if m.programs.Net == "" || len(n.Publish) == 0 {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, publishPatience)
+	defer cancel()
+	for {
+		reply, err := netwire.Ask(ctx, v.dir.Path(), netwire.Request{Op: netwire.OpStats})
+		switch {
+		case err == nil && reply.Stats != nil && reply.Stats.Problem != "":
+			return api.Errorf(api.Busy, "%s", wire.CleanText(reply.Stats.Problem, 1<<10)).WithHint("banger set %s --unpublish PORT", v.rec.Name)
+		case err == nil:
+			return nil
+		case !errors.Is(err, netwire.ErrAway) || ctx.Err() != nil:
+			m.log.Warn("cannot ask whether the ports are published", "vm", v.rec.Name, "err", err)
+			return nil // show says so
+		}
+		select {
+		case <-ctx.Done():
 		case <-time.After(portPoll):
 		}
 	}

@@ -182,13 +182,16 @@ func (m *Manager) setNetwork(ctx context.Context, id string, r SetRequest) error
 	return errors.Join(away, m.at("set", "network", "record", "effect"))
 }
 
-// newPorts are the publications of to whose side of the host is not in use by was.
+// newPorts are the publications of to whose side of the host is not in use by was, nor by
+// one of was that is in the way: banger-net makes room for those itself.
 func newPorts(was, to netwire.Network) (ports []string) {
-	side := func(text string) string {
-		return text[:strings.LastIndexByte(text, ':')] + text[strings.LastIndexByte(text, '/'):]
-	}
 	for _, text := range to.Publish {
-		if !slices.ContainsFunc(was.Publish, func(old string) bool { return side(old) == side(text) }) {
+		p, err := netwire.ParsePublication(text)
+		inUse := func(old string) bool {
+			o, oldErr := netwire.ParsePublication(old)
+			return err == nil && oldErr == nil && sameHostSide(o, p)
+		}
+		if !slices.ContainsFunc(was.Publish, inUse) {
 			ports = append(ports, text)
 		}
 	}

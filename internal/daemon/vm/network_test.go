@@ -234,6 +234,47 @@ func TestEarlierRecord(t *testing.T) {
 }
 
 // TestNetworkOf: what cannot be understood is the safest network, with the reason.
+// Ports that the VM's own network holds are not tried: it makes room itself.
+func TestNewPorts(t *testing.T) {
+	for _, tt := range []struct{ was, to, want string }{
+		{"", "8080:80", "127.0.0.1:8080:80/tcp"},
+		{"8080:80", "8080:81", ""},
+		{"8080:80", "0.0.0.0:8080:80", ""},
+		{"0.0.0.0:8080:80", "8080:80", ""},
+		{"8080:80", "8080:80/udp", "127.0.0.1:8080:80/udp"},
+		{"8080:80", "127.0.0.2:8080:80", "127.0.0.2:8080:80/tcp"},
+		{"8080:80", "[::]:8080:80", "[::]:8080:80/tcp"},
+	} {
+		network := func(text string) (n netwire.Network) {
+			if text != "" {
+				p, err := netwire.ParsePublication(text)
+				if err != nil {
+					t.Fatal(err)
+				}
+				n.Publish = []string{p.String()}
+			}
+			return n
+		}
+		if got := strings.Join(newPorts(network(tt.was), network(tt.to)), " "); got != tt.want {
+			t.Errorf("%q to %q: %q is tried, want %q", tt.was, tt.to, got, tt.want)
+		}
+	}
+}
+
+func TestMissingCard(t *testing.T) {
+	m := &Manager{programs: Programs{Net: "/banger-net"}}
+	for modules, missing := range map[string]bool{
+		"kernel/virtio-blk.ko.zst kernel/virtio_net.ko.zst": false,
+		"kernel/virtio_blk.ko kernel/ext4.ko":               true,
+		"":                                                  false, // all of it may be built in
+	} {
+		kernels := []store.Kernel{{Name: "other", Modules: []string{"virtio_blk.ko"}}, {Name: "k", Modules: strings.Fields(modules)}}
+		if got := m.missingCard(store.VM{Kernel: "k"}, kernels); (got != "") != missing || missing && !strings.Contains(got, "banger kernel pull k") {
+			t.Errorf("%q: %q", modules, got)
+		}
+	}
+}
+
 func TestNetworkOf(t *testing.T) {
 	for _, rec := range []store.VM{
 		{NetworkProblem: "damaged", Network: netwire.Network{Preset: "none"}},

@@ -1,8 +1,11 @@
 package vm
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"path"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -43,9 +46,13 @@ func (m *Manager) List(ctx context.Context) ([]View, error) {
 	if err != nil {
 		return nil, err
 	}
+	kernels, err := m.store.Kernels(ctx)
+	if err != nil {
+		return nil, err
+	}
 	views := make([]View, 0, len(vms))
 	for _, v := range vms {
-		view := View{VM: v, Image: images[v.ImageID], Problem: m.problem(v)}
+		view := View{VM: v, Image: images[v.ImageID], Problem: cmp.Or(m.problem(v), m.missingCard(v, kernels))}
 		if w, ok := workspaces[v.ID]; ok {
 			view.Workspace = &w
 		}
@@ -64,7 +71,11 @@ func (m *Manager) Show(ctx context.Context, ref string) (View, error) {
 	if err != nil {
 		return View{}, err
 	}
-	view := View{VM: v, Image: images[v.ImageID], Problem: m.problem(v), Handles: m.handleText(v.ID)}
+	kernels, err := m.store.Kernels(ctx)
+	if err != nil {
+		return View{}, err
+	}
+	view := View{VM: v, Image: images[v.ImageID], Problem: cmp.Or(m.problem(v), m.missingCard(v, kernels)), Handles: m.handleText(v.ID)}
 	view.Traffic = m.traffic(ctx, v)
 	if w, err := m.store.Workspace(ctx, v.ID); err == nil {
 		view.Workspace = &w
@@ -107,6 +118,26 @@ func (m *Manager) problem(v store.VM) string {
 		return "it has ended and is being cleaned up"
 	}
 	return network
+}
+
+// missingCard says that the kernel of v, pulled by an earlier release, brings the module of
+// the disks and not that of the network card.
+func (m *Manager) missingCard(v store.VM, kernels []store.Kernel) string {
+	if m.programs.Net == "" {
+		return ""
+	}
+	for _, k := range kernels {
+		has := func(module string) bool {
+			return slices.ContainsFunc(k.Modules, func(file string) bool {
+				name, _, _ := strings.Cut(path.Base(file), ".ko")
+				return strings.ReplaceAll(name, "-", "_") == module
+			})
+		}
+		if k.Name == v.Kernel && has("virtio_blk") && !has("virtio_net") {
+			return fmt.Sprintf("it has no network: kernel %s is an earlier release's; banger kernel pull %s, then start the VM again", k.Name, k.Name)
+		}
+	}
+	return ""
 }
 
 func (m *Manager) handleText(id string) map[string]string {

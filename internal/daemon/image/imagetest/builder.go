@@ -48,16 +48,19 @@ func (b *Builder) BuildImage(ctx context.Context, r imagemgr.ImageRecipe, dir st
 	return imagemgr.ImageInfo{Size: size, Packages: []string{"fake 1"}}, nil
 }
 
-// BuildKernel makes a kernel with one module.
+// BuildKernel makes a kernel with the modules of a disk and a network card.
 func (b *Builder) BuildKernel(ctx context.Context, r imagemgr.KernelRecipe, dir string, p opstate.Progress) (imagemgr.KernelInfo, error) {
 	if err := b.begin(ctx, r.Name, dir, p); err != nil {
 		return imagemgr.KernelInfo{}, err
 	}
-	const module = "virtio_blk.ko"
+	modules := []string{"virtio_blk.ko", "virtio_net.ko"}
 	if err := os.MkdirAll(filepath.Join(dir, imagemgr.ModulesDir), 0o700); err != nil {
 		return imagemgr.KernelInfo{}, err
 	}
-	files := []string{imagemgr.VmlinuxFile, imagemgr.VmlinuzFile, imagemgr.ModulesDiskFile, filepath.Join(imagemgr.ModulesDir, module)}
+	files := []string{imagemgr.VmlinuxFile, imagemgr.VmlinuzFile, imagemgr.ModulesDiskFile}
+	for _, module := range modules {
+		files = append(files, filepath.Join(imagemgr.ModulesDir, module))
+	}
 	for _, name := range files {
 		if err := write(dir, name); err != nil {
 			return imagemgr.KernelInfo{}, err
@@ -65,7 +68,7 @@ func (b *Builder) BuildKernel(ctx context.Context, r imagemgr.KernelRecipe, dir 
 	}
 	return imagemgr.KernelInfo{
 		Version: "6.1.0-0-fake-amd64", Package: "linux-image-fake 1",
-		Size: int64(len(files)) * size, Modules: []string{module},
+		Size: int64(len(files)) * size, Modules: modules,
 	}, nil
 }
 
