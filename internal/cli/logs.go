@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/proto"
 
 	bangerv1 "banger/api/banger/v1"
 )
@@ -81,7 +82,8 @@ type networkLog struct {
 	*app
 	client *client
 	vm     *bangerv1.VM
-	last   time.Time // of the last entry that was seen
+	last   *bangerv1.NetworkLogEntry // that was read
+	seen   int                       // entries up to it, of the whole log
 }
 
 // print prints the last tail entries, below zero all, and with follow those that come.
@@ -111,6 +113,7 @@ func (l *networkLog) print(ctx context.Context, tail int, follow bool) error {
 func (l *networkLog) readOn(ctx context.Context, follow bool, each func(*bangerv1.NetworkLogEntry) error) error {
 	var lost time.Time
 	for {
+		begun := time.Now()
 		err := l.read(ctx, follow, func(e *bangerv1.NetworkLogEntry) error {
 			lost = time.Time{}
 			return each(e)
@@ -121,7 +124,7 @@ func (l *networkLog) readOn(ctx context.Context, follow bool, each func(*bangerv
 		if !isLost(err) {
 			return err
 		}
-		if lost.IsZero() {
+		if lost.IsZero() || time.Since(begun) > reconnectTimeout { // it is another daemon that goes
 			lost = time.Now()
 		}
 		if time.Since(lost) > reconnectTimeout {
@@ -140,7 +143,7 @@ func (l *networkLog) readOn(ctx context.Context, follow bool, each func(*bangerv
 	}
 }
 
-// read passes on the entries that are younger than the last one.
+// read passes on the entries behind the last one that was read.
 func (l *networkLog) read(ctx context.Context, follow bool, each func(*bangerv1.NetworkLogEntry) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -149,14 +152,18 @@ func (l *networkLog) read(ctx context.Context, follow bool, each func(*bangerv1.
 		return err
 	}
 	defer stream.Close()
-	before := l.last
+	before, known := l.last, l.seen
+	l.seen = 0
 	for stream.Receive() {
 		e := stream.Msg()
-		at := e.At.AsTime()
-		if !before.IsZero() && !at.After(before) {
+		l.seen++
+		if before != nil && l.seen <= known { // a rotated log has it earlier
+			if proto.Equal(e, before) {
+				before = nil
+			}
 			continue
 		}
-		l.last = at
+		l.last = e
 		if err := each(e); err != nil {
 			return err
 		}

@@ -43,10 +43,14 @@ func (a *app) passProxies(ctx context.Context, c *client, cmd *command, vm *bang
 	if err != nil {
 		return nil // of a daemon that is younger than this banger: it is not known what they mean
 	}
+	ctx, cancel := context.WithTimeout(ctx, lookupTimeout) // for all of them
+	defer cancel()
+	found := make(map[string][]netip.Addr)
 	passed := proxies(a.env, cmd.exec.Env, func(host string, port uint16) (string, bool) {
-		ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
-		defer cancel()
-		return judgeProxy(policy, host, port, addressesOf(ctx, host), ownAddresses())
+		if _, known := found[host]; !known {
+			found[host] = addressesOf(ctx, host)
+		}
+		return judgeProxy(policy, host, port, found[host], ownAddresses())
 	})
 	cmd.exec.Env = append(passed, cmd.exec.Env...)
 	return nil
@@ -155,6 +159,9 @@ func judgeProxy(policy netpolicy.Policy, host string, port uint16, at, own []net
 			flow.Gateway, flow.Own, flow.Names = true, false, []string{netwire.HostName}
 		case name != address.String():
 			flow.Names = []string{name}
+			if !policy.Resolve(name).Allowed {
+				continue // the guest could not find it
+			}
 		}
 		if !policy.Judge(flow).Allowed {
 			continue

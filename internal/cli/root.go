@@ -114,7 +114,7 @@ A VM is named by its name, its id, or a prefix of either that fits only one.`,
 
 	vm := a.parent("vm", "the commands on VMs, under one name",
 		a.runCommand(), a.createCommand(), a.psCommand(), a.startCommand(), a.stopCommand(), a.rmCommand(), a.showCommand(), a.setCommand(),
-		a.execCommand(), a.logsCommand(), a.portCommand())
+		a.execCommand(), a.logsCommand(), a.portCommand(), a.forwardCommand())
 	workspace := a.parent("workspace", "a repository in a VM, step by step", a.prepareCommand(), a.exportCommand())
 	vm.Hidden, workspace.Hidden = true, true
 	root.AddCommand(vm, workspace)

@@ -70,6 +70,9 @@ The guest has no IPv6: it is told that names have no such addresses.
 		}
 		t := &table{}
 		networkLines(&bangerv1.VM{Network: vm.Network}, t.line)
+		if problem := vm.Traffic.GetProblem(); problem != "" {
+			a.ui.note("%s: %s", vm.Name, cleanLine(problem))
+		}
 		return t.write(a.stdout)
 	}
 	return cmd
