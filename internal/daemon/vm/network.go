@@ -88,6 +88,10 @@ func canonicalRule(action netpolicy.Action, text string) (string, error) {
 	if err != nil {
 		return "", invalidNetwork(err)
 	}
+	if rule.Prefix.IsValid() && rule.Prefix.IsSingleIP() && rule.Prefix.Addr() == netwire.Gateway() {
+		// It is judged as the host's loopback, so that such a rule would do nothing.
+		return "", invalidNetwork(fmt.Errorf("rule %q: the gateway is named %s", text, netwire.HostName))
+	}
 	return rule.String(), nil
 }
 

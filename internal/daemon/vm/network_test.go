@@ -70,6 +70,7 @@ func TestCanonicalNetwork(t *testing.T) {
 	for name, bad := range map[string]netwire.Network{
 		"no preset": {}, "preset": {Preset: "wan"},
 		"rule":     {Preset: "none", Allow: []string{"a b c"}},
+		"gateway":  {Preset: "host", Deny: []string{"tcp 10.0.2.2:5432"}},
 		"rules":    {Preset: "none", Allow: many(257, rule)},
 		"port":     {Preset: "none", Publish: []string{"70000"}},
 		"ports":    {Preset: "none", Publish: many(65, port)},
