@@ -17,7 +17,7 @@ import (
 // little, and a guest must not make this process large.
 const (
 	gcPercent   = 50
-	memoryLimit = 46 << 20 // bytes
+	memoryLimit = 44 << 20 // bytes
 )
 
 func main() {

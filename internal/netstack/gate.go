@@ -18,6 +18,8 @@ type gate struct {
 	hosts atomic.Pointer[ownAddresses] // the addresses of the host's interfaces
 	names *names
 	log   *refusalLog
+	// took is told of what connections take in, and may take its time.
+	took func(size int)
 
 	policy         atomic.Pointer[netpolicy.Policy]
 	sent, received atomic.Int64 // bytes of payload, of the guest
@@ -35,7 +37,7 @@ type flow struct {
 }
 
 func newGate(log *refusalLog) *gate {
-	g := &gate{names: newNames(), log: log, flows: make(map[*flow]struct{}), open: make(map[string]int)}
+	g := &gate{names: newNames(), log: log, took: func(int) {}, flows: make(map[*flow]struct{}), open: make(map[string]int)}
 	g.policy.Store(new(netpolicy.Policy)) // which forbids all
 	return g
 }

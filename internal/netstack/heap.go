@@ -3,13 +3,14 @@ package netstack
 import (
 	"runtime"
 	"runtime/metrics"
+	"sync"
 	"sync/atomic"
 )
 
 // heapLimit is how much memory the guest's connections may hold in all, stacks included,
 // in bytes. The other bounds keep below it whatever was thought of; this one is for the
-// rest. What the collector needs and the program itself come on top, 12 MiB.
-const heapLimit = 46 << 20
+// rest. What the collector needs and the program itself come on top, 14 MiB.
+const heapLimit = 44 << 20
 
 // heapGuard watches what is alive after each collection. It costs nothing in between: the
 // collector itself calls it.
@@ -17,7 +18,17 @@ type heapGuard struct {
 	limit   uint64
 	over    func()
 	stopped atomic.Bool
+
+	taken atomic.Int64 // bytes since the last look
+	mu    sync.Mutex   // one looks, others that come wait
 }
+
+// A breath is how much is taken in without a look at the memory, in bytes; a piece counts
+// for at least pieceCost.
+const (
+	breath    = 1 << 20
+	pieceCost = 1 << 10
+)
 
 // tick is garbage from the start: its finalizer runs after each collection.
 type tick struct {
@@ -43,6 +54,17 @@ func (g *heapGuard) arm() {
 		}
 		g.arm()
 	})
+}
+
+// took counts what is taken in, and looks after each breath.
+func (g *heapGuard) took(size int) {
+	if g.taken.Add(int64(max(size, pieceCost))) < breath {
+		return
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.taken.Store(0)
+	g.check()
 }
 
 // check looks at once. Garbage counts until it is collected, so a full heap is collected

@@ -37,8 +37,8 @@ type link struct {
 	// unroutable is told of a packet that the stack would drop without a word, and of its
 	// first bytes.
 	unroutable func(to netip.Addr, packet []byte)
-	// breathe is called after each breath of frames, and may take its time.
-	breathe func()
+	// took is told of each frame's size, and may take its time.
+	took func(size int)
 
 	mu         sync.Mutex // a leaf
 	wake       *sync.Cond
@@ -52,7 +52,7 @@ type link struct {
 func newLink(guest net.HardwareAddr, odd func(string, netip.AddrPort, string), unroutable func(netip.Addr, []byte)) *link {
 	l := &link{
 		guest: tcpip.LinkAddress(guest), gateway: tcpip.LinkAddress(netwire.GatewayMAC()),
-		odd: odd, unroutable: unroutable, breathe: func() {},
+		odd: odd, unroutable: unroutable, took: func(int) {},
 	}
 	l.wake = sync.NewCond(&l.mu)
 	return l
@@ -199,28 +199,19 @@ func (l *link) dropLocked() {
 // errFrame is a length that no frame has.
 var errFrame = errors.New("QEMU sent no frame")
 
-// readAhead is small: what is larger goes past it into the packet. A breath is how much is
-// read without a look at the memory, in bytes; a packet counts for at least packetCost.
-const (
-	readAhead  = 16 << 10
-	breath     = 1 << 20
-	packetCost = 1 << 10
-)
+// readAhead is small: what is larger goes past it into the packet.
+const readAhead = 16 << 10
 
 // read reads frames until conn ends.
 func (l *link) read(conn io.Reader) error {
 	r := bufio.NewReaderSize(conn, readAhead)
 	var length [lengthSize]byte
-	for taken := 0; ; {
-		if taken >= breath {
-			l.breathe()
-			taken = 0
-		}
+	for {
 		if _, err := io.ReadFull(r, length[:]); err != nil {
 			return err
 		}
 		n := int(binary.BigEndian.Uint32(length[:]))
-		taken += max(n, packetCost)
+		l.took(n)
 		if n > 1<<20 {
 			return fmt.Errorf("%w, but a length of %d", errFrame, n)
 		}

@@ -44,15 +44,15 @@ func run(ctx context.Context, dir string, heap uint64) error {
 	s := &service{dir: dir, gate: g, publisher: newPublisher(n.dialGuest, n.splicePublished)}
 	defer s.publisher.close()
 	n.published = s.publisher.connections
-	if err := s.start(cfg); err != nil {
-		return err
-	}
 	guard := guardHeap(heap, func() {
 		g.relieve()
 		s.publisher.relieve()
 	})
 	defer guard.stop()
-	n.link.breathe = guard.check
+	n.link.took, g.took = guard.took, guard.took
+	if err := s.start(cfg); err != nil {
+		return err
+	}
 
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

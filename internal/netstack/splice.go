@@ -81,6 +81,7 @@ func (s *splice) copy(dst, src net.Conn, count *atomic.Int64, size int) {
 		n, err := src.Read(buf)
 		if n > 0 {
 			count.Add(int64(n))
+			s.gate.took(n)
 			if _, err := dst.Write(buf[:n]); err != nil {
 				s.abort()
 				return
