@@ -48,7 +48,13 @@ func serveControlIn(t *testing.T, dir string, handler func(netwire.Request) netw
 			t.Errorf("the socket is left: %v", err)
 		}
 	})
-	untilTrue(t, "the socket is there", func() bool { _, err := os.Lstat(path); return err == nil })
+	untilTrue(t, "somebody listens", func() bool { // the socket has a name a moment before
+		conn, err := net.Dial("unix", path)
+		if err == nil {
+			conn.Close()
+		}
+		return err == nil
+	})
 }
 
 func stats(netwire.Request) netwire.Reply { return netwire.Reply{Stats: &netwire.Stats{Refused: 3}} }
