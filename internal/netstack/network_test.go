@@ -301,3 +301,26 @@ func TestRestart(t *testing.T) {
 		w.start(noHeapLimit)
 	}
 }
+
+// A guest that resets a connection ends it, though the server neither reads nor sends:
+// both copies wait for the server then.
+func TestResetUnread(t *testing.T) {
+	w := newWorld(t, host())
+	end := make(chan struct{})
+	ended := make(chan error, 1)
+	port := hostService(t, func(conn net.Conn) {
+		conn.Write([]byte("x"))
+		<-end
+		_, err := io.Copy(io.Discard, conn)
+		ended <- err
+	})
+	defer close(end)
+	conn := w.mustDial(port)
+	block := make([]byte, 64<<10)
+	for err := error(nil); err == nil; { // until all buffers on the way are full
+		conn.SetWriteDeadline(time.Now().Add(time.Second))
+		_, err = conn.Write(block)
+	}
+	conn.Close() // with a byte that was not read, which makes it a reset
+	w.until("the connection has ended", func() bool { return w.ask(netwire.OpStats).Stats.Connections == 0 })
+}
