@@ -47,6 +47,9 @@ func somewhereAt(n byte) netip.Addr { return netip.AddrFrom4([4]byte{203, 0, 113
 type attack struct {
 	name    string
 	network netwire.Network
+	// mayCut: so much is held that the network may end all connections. Whoever keeps to
+	// the protocol is bounded without that.
+	mayCut bool
 	// run attacks. It returns once the network has taken all of it in.
 	run func(t *testing.T, g *guest)
 }
@@ -106,6 +109,9 @@ func attackOne(t *testing.T, program string, a attack) string {
 	peak := g.peak()
 	if peak >= mostMemory {
 		t.Errorf("it held %.1f MiB, which is too much", float64(peak)/(1<<20))
+	}
+	if g.wasCut() && !a.mayCut {
+		t.Error("it ended all connections for want of memory")
 	}
 	if size := g.logSize(); size > 1100<<10 {
 		t.Errorf("the log has %d bytes", size)

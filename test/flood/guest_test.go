@@ -485,11 +485,15 @@ func (g *guest) remark(format string, args ...any) {
 	g.notes = append(g.notes, fmt.Sprintf(format, args...))
 }
 
-// remarks also says how often memory ran short.
+// remarks also says whether memory ran short.
 func (g *guest) remarks() string {
-	data, _ := os.ReadFile(filepath.Join(g.dir, netwire.LogFile))
-	if n := strings.Count(string(data), "held too much memory"); n > 0 {
+	if g.wasCut() {
 		g.remark("cut for memory")
 	}
 	return strings.Join(g.notes, ", ")
+}
+
+func (g *guest) wasCut() bool {
+	data, _ := os.ReadFile(filepath.Join(g.dir, netwire.LogFile))
+	return strings.Contains(string(data), "held too much memory")
 }

@@ -29,8 +29,9 @@ type hand struct {
 	resets atomic.Int64
 	ends   atomic.Int64 // those that both sides have ended
 
-	mu    sync.Mutex
-	conns map[handKey]*handConn
+	mu         sync.Mutex
+	conns      map[handKey]*handConn
+	lastWindow int // that the network began a connection with
 }
 
 type handKey struct {
@@ -159,7 +160,7 @@ func (h *hand) complete(key handKey, c *handConn, tcp header.TCP) {
 	if c == nil {
 		c = &handConn{handKey: key, next: 1, taken: 1, theirs: tcp.SequenceNumber() + 1, room: int(tcp.WindowSize())}
 		c.scale = uint8(max(header.ParseSynOptions(tcp.Options(), true).WS, 0))
-		h.conns[key] = c
+		h.conns[key], h.lastWindow = c, c.room
 		h.segment(c, 0, nil)
 		h.count.Add(1)
 		if h.opened != nil {

@@ -23,7 +23,11 @@ func manyFlows(t *testing.T, g *guest, there func(func())) {
 		g.push(udpFrame(uint16(1024+i%7), netip.AddrPortFrom(somewhereAt(byte(to%250)), port+uint16(to/250)), make([]byte, 100)))
 	}
 	g.settle()
-	g.remark("%d flows", g.stats().Connections)
+	flows := g.stats().Connections
+	if flows > 512 {
+		t.Errorf("%d flows at once", flows)
+	}
+	g.remark("%d flows", flows)
 	g.cut()
 }
 
