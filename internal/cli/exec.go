@@ -19,7 +19,8 @@ stdin, stdout and stderr stay apart and are passed on byte by byte. stdin is pas
 with -i, and when stdin and stdout are terminals: a loop that reads its own stdin can call exec.
 Signals go to the command. A second Ctrl-C leaves; the command gets SIGHUP then.
 http_proxy, https_proxy, ftp_proxy, all_proxy and no_proxy, also in capitals, are passed
-on when the VM's network allows the proxy, one on the host's loopback by its name inside.`,
+on when the VM's network allows the proxy, one on the host's loopback by its name inside.
+A password in them is known to the guest then.`,
 		Example: `  banger exec shop uname -a
   banger exec -- git status
   gzip -c dump.sql | banger exec -i shop sh -c 'gunzip | psql'`,

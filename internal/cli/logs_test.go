@@ -40,6 +40,13 @@ func TestRefusalLine(t *testing.T) {
 			local + " refused ethernet 02:00:00:00:00:01 foreign sender"},
 		{&bangerv1.NetworkLogEntry{Protocol: "dns", Target: "nas.lan → 192.168.1.1", Name: "nas.lan", Reason: "answer left out: private network"},
 			local + " refused dns nas.lan → 192.168.1.1 answer left out: private network"},
+		{&bangerv1.NetworkLogEntry{Protocol: "icmp", Target: "192.0.2.1", Reason: "the host lets this user send no echo requests: sysctl net.ipv4.ping_group_range", Count: 2},
+			local + " refused icmp 192.0.2.1 the host lets this user send no echo requests: sysctl net.ipv4.ping_group_range (×2)" +
+				`  hint: sudo sysctl -w net.ipv4.ping_group_range="0 2147483647"`},
+		{&bangerv1.NetworkLogEntry{Protocol: "tcp", Target: "192.0.2.1:80", Reason: "the host has no network that leads there"},
+			local + " refused tcp 192.0.2.1:80 the host has no network that leads there  hint: ip route"},
+		{&bangerv1.NetworkLogEntry{Protocol: "dns", Target: "192.0.2.53:53", Reason: "the host's resolver does not answer"},
+			local + " refused dns 192.0.2.53:53 the host's resolver does not answer  hint: cat /etc/resolv.conf"},
 		{&bangerv1.NetworkLogEntry{Protocol: "dns", Target: "a\x1b[31m\nb.test", Reason: "not on the allow-list", Rule: "x\ny;'"},
 			local + ` refused dns a\x1b[31m b.test not on the allow-list  hint: banger set shop --allow 'x y;'\'''`},
 	} {

@@ -172,6 +172,11 @@ func networkLines(vm *bangerv1.VM, line func(key, value string)) {
 		return
 	}
 	line("problem of the network", t.Problem)
+	if uncounted(t) {
+		line("refused", "-")
+		line("traffic", "-")
+		return
+	}
 	refused := fmt.Sprint(t.Refused)
 	if t.Refused > 0 {
 		refused += ", see banger logs " + vm.Name + " --network"
@@ -179,4 +184,9 @@ func networkLines(vm *bangerv1.VM, line func(key, value string)) {
 	line("refused", refused)
 	line("traffic", fmt.Sprintf("%s open, %s sent, %s received", count(t.Connections, "connection"),
 		config.FormatSize(t.Sent), config.FormatSize(t.Received)))
+}
+
+// uncounted tells that nobody could be asked for the counts: the zeros mean nothing.
+func uncounted(t *bangerv1.Traffic) bool {
+	return t.Problem != "" && t.Refused == 0 && t.Connections == 0 && t.Sent == 0 && t.Received == 0
 }

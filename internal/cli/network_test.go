@@ -143,6 +143,13 @@ func TestShowNetwork(t *testing.T) {
 		`port 8080\x1b is busy`)
 	shop.Traffic = &bangerv1.Traffic{}
 	contains(t, "show", d.run("show", "shop").out, "\nrefused:     0\n")
+	shop.Traffic = &bangerv1.Traffic{Problem: "it is down"}
+	out = d.run("show", "shop").out
+	for _, key := range []string{"refused", "traffic"} {
+		_, value, _ := strings.Cut(out, "\n"+key+":")
+		value, _, _ = strings.Cut(value, "\n")
+		want(t, "not counted: "+key, strings.TrimSpace(value), "-")
+	}
 }
 
 // TestPsWide: each running VM is asked side by side, and none is waited for longer than
@@ -191,17 +198,21 @@ func TestPort(t *testing.T) {
 	d.net.ports = &bangerv1.PortsResponse{Ports: []*bangerv1.Port{
 		{Protocol: "tcp", GuestAddress: "127.0.0.1", GuestPort: 5432, Process: "post\x1bgres"},
 		{Protocol: "tcp", GuestAddress: "::", GuestPort: 80, Process: "nginx", Published: "127.0.0.1:8080"},
+		{Protocol: "tcp", GuestAddress: "0.0.0.0", GuestPort: 80, Process: "nginx", Published: "127.0.0.1:8080"},
+		{Protocol: "tcp", GuestAddress: "0.0.0.0", GuestPort: 80, Process: "nginx", Published: "127.0.0.1:8080"},
 		{Protocol: "udp", GuestPort: 53, Published: "0.0.0.0:53"},
 	}}
 	want(t, "port", d.run("port", "shop"), result{0, "" +
 		"PROTO  GUEST           PROCESS       PUBLISHED\n" +
 		"tcp    127.0.0.1:5432  post\\x1bgres  -\n" +
 		"tcp    [::]:80         nginx         127.0.0.1:8080\n" +
+		"tcp    0.0.0.0:80      nginx         127.0.0.1:8080\n" +
 		"udp    53              -             0.0.0.0:53\n", ""})
 	want(t, "quiet", d.run("port", "-q").out, "5432/tcp\n80/tcp\n53/udp\n")
 	contains(t, "json", d.run("port", "--format", "json").out, `"process": "nginx"`, `"published": "127.0.0.1:8080"`)
 	d.net.ports = &bangerv1.PortsResponse{Error: "shop is stopped"}
 	want(t, "not asked", d.run("port", "shop"), result{0, "PROTO  GUEST  PROCESS  PUBLISHED\n", "shop could not be asked what it serves: shop is stopped\n"})
+	want(t, "not asked, quiet", d.run("port", "-q", "shop"), result{0, "", "shop could not be asked what it serves: shop is stopped\n"})
 	want(t, "no such VM", d.run("port", "nope").code, 3)
 }
 

@@ -3,6 +3,7 @@ package cli
 import (
 	"fmt"
 	"net"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -49,22 +50,26 @@ func (a *app) printPorts(vm *bangerv1.VM, res *bangerv1.PortsResponse) error {
 	if !a.ui.quiet {
 		t.row("PROTO", "GUEST", "PROCESS", "PUBLISHED")
 	}
+	seen := make(map[string]bool) // a service on both IPv4 and IPv6 is one to -q
 	for _, p := range res.Ports {
 		guest := fmt.Sprint(p.GuestPort)
-		if a.ui.quiet {
-			t.row(guest + "/" + p.Protocol)
-			continue
-		}
-		if p.GuestAddress != "" {
+		if p.GuestAddress != "" && !a.ui.quiet {
 			guest = net.JoinHostPort(p.GuestAddress, guest)
 		}
-		t.row(p.Protocol, guest, orElse(p.Process, "-"), orElse(p.Published, "-"))
+		columns := []string{p.Protocol, guest, orElse(p.Process, "-"), orElse(p.Published, "-")}
+		if a.ui.quiet {
+			columns = []string{guest + "/" + p.Protocol}
+		}
+		if row := strings.Join(columns, "\x00"); !seen[row] {
+			seen[row] = true
+			t.row(columns...)
+		}
 	}
 	if err := a.printTable(t); err != nil {
 		return err
 	}
-	if res.Error != "" {
-		a.ui.note("%s could not be asked what it serves: %s", vm.Name, cleanLine(res.Error))
+	if res.Error != "" { // also with -q: else an empty list looks as if nothing were served
+		a.ui.print(clean(fmt.Sprintf("%s could not be asked what it serves: %s", vm.Name, cleanLine(res.Error))))
 	}
 	return nil
 }

@@ -36,8 +36,8 @@ func (a *app) passProxies(ctx context.Context, c *client, cmd *command, vm *bang
 			return err
 		}
 	}
-	if vm.Network == nil {
-		return nil // it has no network
+	if vm.Network == nil || vm.Network.Preset == string(netpolicy.None) && len(vm.Network.Allow) == 0 {
+		return nil // it reaches nothing: no name need be looked up
 	}
 	policy, err := netpolicy.New(netpolicy.Preset(vm.Network.Preset), vm.Network.Allow, vm.Network.Deny)
 	if err != nil {

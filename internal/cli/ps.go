@@ -144,7 +144,7 @@ func networkOf(vm *bangerv1.VM) string {
 }
 
 func refusedOf(vm *bangerv1.VM) string {
-	if t := vm.Traffic; t == nil || t.Problem != "" && t.Refused == 0 {
+	if t := vm.Traffic; t == nil || uncounted(t) {
 		return "-"
 	}
 	return fmt.Sprint(vm.Traffic.Refused)
