@@ -151,7 +151,7 @@ func testNpmCi(n networked, s *registries) {
 		"package.json":      `{"name": "main", "version": "1.0.0", "dependencies": {"greeting": "^1.0.0"}}`,
 		"package-lock.json": string(text),
 	}, `mkdir ~/node; tar -xf /opt/node.tar -C ~/node; export PATH=~/node/bin:$PATH
-		node ~/node/npm/bin/npm-cli.js ci --no-audit --no-fund --no-update-notifier --registry http://npm.test/ >&2
+		node ~/node/npm/bin/npm-cli.js ci --fetch-retries 0 --no-audit --no-fund --no-update-notifier --registry http://npm.test/ >&2
 		node -p 'require("greeting")'`)
 	n.wantEnd("npm ci", out, greeting+"\n")
 	s.wantAsked(n, "npm.test GET /greeting/-/greeting-1.0.0.tgz")
@@ -170,7 +170,7 @@ func testPip(n networked, s *registries) {
 	s.addDebs(d)
 	n.install(d.name)
 	out := n.inside(nil, `mkdir ~/python; tar -xf /opt/python.tar -C ~/python; export PATH=~/python/usr/bin:$PATH
-		python3.11 $(echo ~/python/usr/share/python-wheels/pip-*.whl)/pip install -q --no-compile --disable-pip-version-check \
+		python3.11 $(echo ~/python/usr/share/python-wheels/pip-*.whl)/pip install -q --retries 0 --no-compile --disable-pip-version-check \
 			--no-cache-dir --target here --index-url http://pypi.test/simple/ --trusted-host pypi.test greeting==1.0.0 >&2
 		cd here; python3.11 -c 'import greeting; print(greeting.text)'`)
 	n.wantEnd("pip install", out, greeting+"\n")
