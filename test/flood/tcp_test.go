@@ -50,7 +50,7 @@ func tcpAttacks(there func(func())) []attack {
 		{name: "1,020 uploads that ignore the window", network: host(), mayCut: true, run: rudeUploads},
 		{name: "1,020 uploads, each byte out of order", network: host(), mayCut: true, run: disorder},
 		{name: "400 downloads, given up unread", network: host(), run: orphans},
-		{name: "5,000 connections that the host ends", network: host(), run: churn},
+		{name: "10,000 connections that the host ends", network: host(), run: churn},
 		{name: "200,000 empty segments", network: host(), run: emptySegments},
 	}
 }
@@ -237,7 +237,7 @@ func churn(t *testing.T, g *guest) {
 	port := service(t, "127.0.0.1", func(net.Conn) {})
 	h := newHand(g)
 	h.acks = true
-	for i := range 50 {
+	for i := range 100 {
 		h.openAll(uint16(1024+100*i), 100, at(port))
 		g.until("the connections have ended", func() bool { return h.ends.Load()+h.resets.Load() >= int64(100*(i+1)) })
 	}
