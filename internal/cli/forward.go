@@ -21,6 +21,7 @@ import (
 	"banger/api"
 	bangerv1 "banger/api/banger/v1"
 	"banger/internal/guest/wire"
+	"banger/internal/shim"
 )
 
 func (a *app) forwardCommand() *cobra.Command {
@@ -36,7 +37,7 @@ absolute path of a Unix socket there. LOCAL is PORT or ADDR:PORT on the host (de
 the same port on the loopback, which all users of the host reach; 0 takes a free one), or
 a path that begins with "." or "/" for a Unix socket that only you reach.
 
-With -d it goes on in the background.`,
+With -d it goes on in the background, until the VM stops, also without a daemon.`,
 		Example: `  banger forward shop 5432
   banger forward shop 3000:/run/app.sock
   banger forward -d shop ./db.sock:5432`,
@@ -301,6 +302,12 @@ func (f *forward) watchVM(ctx context.Context, end context.CancelCauseFunc) {
 		if codeOf(err) == api.NotFound || err == nil && vm.State != bangerv1.VM_RUNNING {
 			end(errVMEnded)
 			return
+		}
+		if isLost(err) { // nobody may ever come to say so: the VM's lock does
+			if held, herr := shim.Held(f.client.layout.VM(f.vm.Id).Path()); herr == nil && !held {
+				end(errVMEnded)
+				return
+			}
 		}
 	}
 }

@@ -2,7 +2,9 @@ package cli
 
 import (
 	"bytes"
+	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -226,6 +228,79 @@ func TestForwardRefused(t *testing.T) {
 	want(t, "stderr", call.err.String(), before+"banger: interrupted\n")
 }
 
+// TestForwardStalled: the service takes nothing any more. What comes after that is passed
+// on when it goes on, and a client that breaks the connection ends it.
+func TestForwardStalled(t *testing.T) {
+	for _, local := range []string{"0:80", "SOCKET:80"} {
+		t.Run(local, func(t *testing.T) {
+			d := withShop(t)
+			full, goOn, told := make(chan bool), make(chan bool), make(chan bool, 1)
+			got := make(chan int, 1)
+			d.net.dial = func(_ wire.Dial, g *guestEnd) {
+				g.started()
+				g.out("here")
+				taken := 0
+				for taken+maxStdin <= wire.StdinWindow {
+					kind, payload, err := wire.ReadFrame(g.r, nil)
+					if err != nil {
+						t.Error(err)
+						break
+					}
+					if kind == wire.KindStdin {
+						taken += len(payload)
+					}
+				}
+				full <- true
+				if <-goOn {
+					wire.WriteFrame(g.conn, wire.KindStdinAck, binary.BigEndian.AppendUint32(nil, uint32(taken)))
+					got <- taken + len(g.stdin())
+					g.outEOF()
+					g.exit(0)
+					return
+				}
+				g.conn.SetReadDeadline(time.Now().Add(10 * time.Second))
+				var err error
+				for err == nil { // without an acknowledgement
+					_, _, err = wire.ReadFrame(g.r, nil)
+				}
+				told <- !errors.Is(err, os.ErrDeadlineExceeded)
+			}
+			call, address := forwarding(t, d, "shop", strings.Replace(local, "SOCKET", filepath.Join(t.TempDir(), "s"), 1))
+			const size = 1 << 20
+			send := func() (net.Conn, chan error) {
+				conn := connectTo(t, address)
+				sent := make(chan error, 1)
+				go func() {
+					_, err := conn.Write(make([]byte, size))
+					if err == nil {
+						err = conn.CloseWrite()
+					}
+					sent <- err
+				}()
+				<-full
+				return conn, sent
+			}
+			conn, sent := send()
+			timer := time.NewTimer(4 * pollInterval) // the watch has begun then, most likely
+			<-timer.C
+			goOn <- true
+			want(t, "bytes that came", <-got, size)
+			said, err := io.ReadAll(conn)
+			want(t, "what came back", fmt.Sprintf("%s %v %v", said, err, <-sent), "here <nil> <nil>")
+
+			conn, _ = send()
+			if tcp, ok := conn.(*net.TCPConn); ok {
+				tcp.SetLinger(0)
+			}
+			conn.Close() // a Unix socket with bytes that nobody has read is reset too
+			goOn <- false
+			want(t, "the guest's stream is closed", <-told, true)
+			call.kill(syscall.SIGINT)
+			call.wait()
+		})
+	}
+}
+
 // TestForwardLimit: so many at once and no more; the next one waits for its turn.
 func TestForwardLimit(t *testing.T) {
 	d := withShop(t)
@@ -276,6 +351,7 @@ func TestForwardEndsWithVM(t *testing.T) {
 			d.listen()
 			d.add(&bangerv1.VM{Name: "shop", State: bangerv1.VM_STOPPED})
 		},
+		"without any daemon": func(d *fakeDaemon) { d.close() },
 	} {
 		t.Run(how, func(t *testing.T) {
 			t.Parallel()

@@ -11,6 +11,10 @@ import (
 	"io"
 	"net"
 	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"banger/internal/guest/wire"
 )
@@ -18,6 +22,7 @@ import (
 // halfConn is a connection of which each half can end first.
 type halfConn interface {
 	net.Conn
+	syscall.Conn
 	CloseWrite() error
 }
 
@@ -168,8 +173,12 @@ func (p *passage) send() error {
 	buf := make([]byte, maxStdin)
 	for {
 		n, err := p.local.Read(buf)
-		if n > 0 && (p.window.Take(n) != nil || p.guest.Send(wire.KindStdin, buf[:n]) != nil) {
-			return nil // receive knows why
+		if n > 0 {
+			if terr := p.take(n); terr == errLocalGone {
+				return terr
+			} else if terr != nil || p.guest.Send(wire.KindStdin, buf[:n]) != nil {
+				return nil // receive knows why
+			}
 		}
 		if err == io.EOF {
 			p.guest.Send(wire.KindStdinEOF, nil)
@@ -183,6 +192,46 @@ func (p *passage) send() error {
 			return errLocalGone
 		}
 	}
+}
+
+// take waits until the window has room. A service that takes nothing would hold the
+// connection of a client that is gone for ever, because nobody reads from that meanwhile.
+func (p *passage) take(n int) error {
+	watched := make(chan bool, 1)
+	timer := time.AfterFunc(pollInterval, func() {
+		gone := awaitReset(p.local)
+		if gone {
+			p.window.Close()
+		}
+		watched <- gone
+	})
+	err := p.window.Take(n)
+	if timer.Stop() {
+		return err
+	}
+	_ = p.local.SetReadDeadline(time.Unix(1, 0)) // it fails when the connection is closed, which ends the wait too
+	if <-watched {
+		p.guest.Close()
+		return errLocalGone
+	}
+	_ = p.local.SetReadDeadline(time.Time{})
+	return err
+}
+
+// awaitReset waits until the other side breaks the connection, true, or the deadline for
+// reading comes. It reads nothing, and the end of the data is not what it waits for.
+func awaitReset(conn syscall.Conn) (reset bool) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return false
+	}
+	_ = raw.Read(func(fd uintptr) bool { // its error is that of the deadline
+		fds := []unix.PollFd{{Fd: int32(fd)}}
+		n, err := unix.Poll(fds, 0)
+		reset = err == nil && n > 0 && fds[0].Revents&unix.POLLERR != 0
+		return reset
+	})
+	return reset
 }
 
 // write gives the client what is held for it until that has ended.
