@@ -153,17 +153,15 @@ func (l *networkLog) read(ctx context.Context, follow bool, each func(*bangerv1.
 	}
 	defer stream.Close()
 	before, known := l.last, l.seen
-	l.seen = 0
-	for stream.Receive() {
+	for seen := 1; stream.Receive(); seen++ {
 		e := stream.Msg()
-		l.seen++
-		if before != nil && l.seen <= known { // a rotated log has it earlier
+		if before != nil && seen <= known { // a rotated log has it earlier
 			if proto.Equal(e, before) {
-				before = nil
+				before, l.seen = nil, seen
 			}
 			continue
 		}
-		l.last = e
+		l.last, l.seen = e, seen
 		if err := each(e); err != nil {
 			return err
 		}
