@@ -56,6 +56,7 @@ func parsePublication(s string) (p Publication, err error) {
 			if address, err = netip.ParseAddr(text); err != nil || address.Zone() != "" {
 				return p, fmt.Errorf("%q is no address of the host", text)
 			}
+			address = address.Unmap() // the host has one port for both spellings
 			host = host[cut+1:]
 		}
 		port, err := parsePort(host)
