@@ -488,7 +488,7 @@ func TestNetworkProcessAway(t *testing.T) {
 		t.Errorf("show: %v, %v", vm.GetTraffic(), err)
 	}
 	_, err := c.vms.Set(ctx, &bangerv1.SetVMRequest{Ref: "v", Preset: "none"})
-	wantError(t, err, api.Unresponsive, "cannot change the network of v", "banger show v")
+	wantError(t, err, api.Unresponsive, "cannot change the network of v: its network does not answer", "banger show v")
 	if err := syscall.Kill(pid, syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
@@ -496,6 +496,47 @@ func TestNetworkProcessAway(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.wantNetwork(t, d, netwire.Network{Preset: "lan", Allow: []string{"a.test"}})
+	w.clear(t, d)
+	d.stop(t)
+}
+
+// TestSetWhileTheProcessIsAway: the change is stored, and in force when it is back. One that
+// cannot be written is none, and is said once.
+func TestSetWhileTheProcessIsAway(t *testing.T) {
+	w := newNetworkWorld(t)
+	d := w.start(t, "", 0)
+	vm := w.arrange(t, d, "running")
+	c, ctx := d.client(), d.ctx(t)
+	temp := filepath.Join(w.vmDir(vm), netwire.ConfigFile+".new")
+	if err := os.Symlink("/dev/full", temp); err != nil {
+		t.Fatal(err)
+	}
+	_, err := c.vms.Set(ctx, &bangerv1.SetVMRequest{Ref: "v", Preset: "none"})
+	wantError(t, err, api.NoSpace, "no space left on device", "df -h ")
+	if n := strings.Count(detail(t, err).Message, "no space"); n != 1 {
+		t.Errorf("said %d times: %v", n, err)
+	}
+	w.wantNetwork(t, d, netwire.Network{Preset: "internet"})
+
+	// It ends as often as it is started: it cannot listen.
+	socket := filepath.Join(w.vmDir(vm), netwire.ControlSocket)
+	if err := os.Remove(socket); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(filepath.Join(socket, "in the way"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(w.netPID(t, vm), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	vm, err = c.vms.Set(ctx, &bangerv1.SetVMRequest{Ref: "v", Preset: "lan"})
+	if err != nil || vm.Network.Preset != "lan" || !strings.Contains(vm.Traffic.GetProblem(), "in force when it is back") {
+		t.Errorf("%v, %v", vm, err)
+	}
+	if err := os.RemoveAll(socket); err != nil {
+		t.Fatal(err)
+	}
+	w.wantNetwork(t, d, netwire.Network{Preset: "lan"})
 	w.clear(t, d)
 	d.stop(t)
 }

@@ -127,47 +127,52 @@ func (m *Manager) Set(ctx context.Context, ref string, r SetRequest) (View, erro
 	if err != nil {
 		return View{}, err
 	}
-	if err := m.setNetwork(ctx, rec.ID, r); err != nil {
+	away, err := m.setNetwork(ctx, rec.ID, r)
+	if err != nil {
 		return View{}, m.wrap("change the network of", rec.Name, err)
 	}
-	return m.Show(ctx, rec.ID)
+	view, err := m.Show(ctx, rec.ID)
+	if away && view.Traffic != nil && view.Traffic.Problem != "" {
+		view.Traffic.Problem = "its process is not there; the change is in force when it is back"
+	}
+	return view, err
 }
 
 // setNetwork brings the change into force and writes it to the record last: a daemon that
 // dies in between leaves a record that is right, and the next one brings that into force.
-func (m *Manager) setNetwork(ctx context.Context, id string, r SetRequest) error {
+// away says that the network's process is not there to confirm it.
+func (m *Manager) setNetwork(ctx context.Context, id string, r SetRequest) (away bool, err error) {
 	unlock, err := m.networkLocks.LockContext(ctx, id)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer unlock()
 	rec, err := m.record(ctx, id)
 	if err != nil {
-		return err
+		return false, err
 	}
 	if rec.State == store.Deleting {
-		return api.Errorf(api.Refused, "it is being removed").WithHint("banger ps")
+		return false, api.Errorf(api.Refused, "it is being removed").WithHint("banger ps")
 	}
 	was, _ := networkOf(rec)
 	to, err := r.apply(was)
 	if err != nil {
-		return err
+		return false, err
 	}
 	ctx, cancel := undoContext(ctx) // half of it would be worse than none
 	defer cancel()
 	live := m.programs.Net != "" && hasNetwork(m.layout.VM(id).Path())
 	if live {
 		if err := tryPorts(ctx, newPorts(was, to), setHints(rec.Name)); err != nil {
-			return err
+			return false, err
 		}
 	}
 	if err := m.at("set", "network", "reload", "before"); err != nil {
-		return err
+		return false, err
 	}
-	var away error
 	if live {
 		if away, err = m.reloadOrRestore(ctx, rec, was, to); err != nil {
-			return err
+			return false, err
 		}
 	}
 	if err = m.at("set", "network", "reload", "effect"); err == nil {
@@ -177,9 +182,9 @@ func (m *Manager) setNetwork(ctx context.Context, id string, r SetRequest) error
 		if live {
 			err = errors.Join(err, m.reload(ctx, rec, was))
 		}
-		return err
+		return false, err
 	}
-	return errors.Join(away, m.at("set", "network", "record", "effect"))
+	return away, m.at("set", "network", "record", "effect")
 }
 
 // newPorts are the publications of to whose side of the host is not in use by was, nor by
@@ -218,19 +223,23 @@ func (m *Manager) storeNetwork(ctx context.Context, rec store.VM, to netwire.Net
 // reloadOrRestore brings to into force. When that is refused was is, as before: err says
 // why. away says that the network's process is not there, and nothing else is: it reads to
 // when it comes back.
-func (m *Manager) reloadOrRestore(ctx context.Context, rec store.VM, was, to netwire.Network) (away, err error) {
-	err = m.reload(ctx, rec, to)
+func (m *Manager) reloadOrRestore(ctx context.Context, rec store.VM, was, to netwire.Network) (away bool, err error) {
+	if err := m.writeNetwork(rec, to); errors.Is(err, fs.ErrNotExist) {
+		return false, nil // the run is over, its directory gone
+	} else if err != nil {
+		return false, err // net.json is what it was
+	}
+	err = m.tell(ctx, rec)
 	if errors.Is(err, netwire.ErrAway) {
-		return api.Errorf(api.Unresponsive, "it is changed, and in force when the network's process is there again: %w", err).
-			WithHint("banger show %s", rec.Name), nil
+		return true, nil
 	}
 	if err == nil {
-		return nil, nil
+		return false, nil
 	}
 	if werr := m.writeNetwork(rec, was); werr != nil && !errors.Is(werr, fs.ErrNotExist) {
 		err = errors.Join(err, werr)
 	}
-	return nil, err
+	return false, err
 }
 
 const (
@@ -239,17 +248,21 @@ const (
 	reloadPoll    = 20 * time.Millisecond
 )
 
-// reload writes net.json and tells banger-net. A VM that ends meanwhile, or has not been
-// started yet, needs no telling. The error is an ErrAway when banger-net was not there all
-// the time.
+// reload writes net.json and tells banger-net.
 func (m *Manager) reload(ctx context.Context, rec store.VM, n netwire.Network) error {
-	dir := m.layout.VM(rec.ID).Path()
 	if err := m.writeNetwork(rec, n); err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil // the run is over, its directory gone
 		}
 		return err
 	}
+	return m.tell(ctx, rec)
+}
+
+// tell makes banger-net read net.json. A VM that ends meanwhile, or has not been started
+// yet, needs no telling. The error is an ErrAway when banger-net was not there all the time.
+func (m *Manager) tell(ctx context.Context, rec store.VM) error {
+	dir := m.layout.VM(rec.ID).Path()
 	ctx, cancel := context.WithTimeout(ctx, reloadTimeout)
 	defer cancel()
 	for {
@@ -257,6 +270,8 @@ func (m *Manager) reload(ctx context.Context, rec store.VM, n netwire.Network) e
 		switch {
 		case err == nil:
 			return m.refusedReload(rec, reply)
+		case errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, netwire.ErrAway):
+			return api.Errorf(api.Unresponsive, "its network does not answer").WithHint("banger show %s", rec.Name)
 		case !errors.Is(err, netwire.ErrAway):
 			return api.Errorf(api.Unresponsive, "%w", err).WithHint("banger show %s", rec.Name)
 		}
