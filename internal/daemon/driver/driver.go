@@ -32,10 +32,16 @@ type VMM interface {
 	Name() string
 	// Probe asks whether the VMM can work here. The error says what is missing.
 	Probe(ctx context.Context) (Ability, error)
+	// Confine makes what the process of this boot finds around it: a jail. It is undone
+	// by Free, also after an error or a crash.
+	Confine(ctx context.Context, dir string, spec Spec) error
+	// Free removes what Confine made and the VMM left. The process has ended.
+	Free(ctx context.Context, dir string) error
 	// Command is a pure function of spec and of what Probe found.
 	Command(spec Spec) (Command, error)
-	// Boot returns when the process that was just started executes its guest.
-	Boot(ctx context.Context, dir string) error
+	// Boot returns when the process that was just started executes its guest. spec is
+	// that of Command.
+	Boot(ctx context.Context, dir string, spec Spec) error
 	// PowerButton asks the guest through the VMM to shut down; errors.ErrUnsupported
 	// when the VMM has no such thing.
 	PowerButton(ctx context.Context, dir string) error
@@ -60,6 +66,8 @@ type Spec struct {
 	Initrd string
 	Disks  []DiskSpec
 	NIC    *NIC // nil for a VM without a network card
+	// UID and GID are who the VMM runs as where it is jailed; 0 elsewhere.
+	UID, GID int
 }
 
 // NIC is one virtio network card. The VMM listens on Socket, a Unix stream socket, for
@@ -74,6 +82,7 @@ type NIC struct {
 type DiskSpec struct {
 	Serial   string // at most 20 bytes; how the guest finds it
 	Path     string
+	Device   string // an absolute path of a block device that stands for the file at Path, or empty
 	Format   string // "raw" or "qcow2"
 	ReadOnly bool
 }
@@ -101,7 +110,7 @@ type Disk interface {
 
 // Attached is how a VMM opens a disk, and what was made on the host for it.
 type Attached struct {
-	Path   string `json:"path"`   // relative to the VM's directory, or a device
+	Path   string `json:"path"`   // relative to the VM's directory; absolute: a block device
 	Format string `json:"format"` // "raw" or "qcow2"
 	// Device names the host object that was made, empty for none.
 	Device string `json:"device,omitempty"`

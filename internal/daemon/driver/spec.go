@@ -65,6 +65,9 @@ func (d DiskSpec) validate() error {
 	if d.Format != "raw" && d.Format != "qcow2" {
 		return fmt.Errorf("unknown format %q", d.Format)
 	}
+	if d.Device != "" && (!filepath.IsAbs(d.Device) || d.Format != "raw") {
+		return fmt.Errorf("%q is no raw block device", d.Device)
+	}
 	return inside(d.Path)
 }
 

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"banger/internal/daemon/driver"
 )
 
 const (
@@ -21,7 +23,9 @@ const (
 
 // Boot waits for QEMU's socket and asks it whether the guest runs. When QEMU ends
 // first Boot does not see it: the caller must end ctx.
-func (v *VMM) Boot(ctx context.Context, dir string) error { return boot(ctx, qmpOf(dir)) }
+func (v *VMM) Boot(ctx context.Context, dir string, _ driver.Spec) error {
+	return boot(ctx, qmpOf(dir))
+}
 
 func boot(ctx context.Context, dial dialer) error {
 	if _, ok := ctx.Deadline(); !ok {

@@ -186,6 +186,12 @@ func hasMachine(out, name string) bool {
 
 var errNotProbed = errors.New("the VMM was not probed")
 
+// Confine has nothing to make: QEMU is its own sandbox.
+func (v *VMM) Confine(context.Context, string, driver.Spec) error { return nil }
+
+// Free has nothing to remove: what QEMU leaves lies in run/.
+func (v *VMM) Free(context.Context, string) error { return nil }
+
 // Command makes QEMU's command line. An error says what of the spec it cannot do.
 func (v *VMM) Command(spec driver.Spec) (driver.Command, error) {
 	v.mu.Lock()

@@ -154,7 +154,7 @@ func TestBootWaitsForTheGuest(t *testing.T) {
 	}()
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
-	if err := New(config.KVMAuto).Boot(ctx, dir); err != nil {
+	if err := New(config.KVMAuto).Boot(ctx, dir, exampleSpec()); err != nil {
 		t.Error(err)
 	}
 	if n := asked.Load(); n != 3 {
@@ -170,7 +170,7 @@ func TestBootOfAStoppedGuestFails(t *testing.T) {
 			serveQMP(t, conn, greeting, done, status("internal-error"))
 		}
 	}()
-	err := New(config.KVMAuto).Boot(t.Context(), dir)
+	err := New(config.KVMAuto).Boot(t.Context(), dir, exampleSpec())
 	if err == nil || !strings.Contains(err.Error(), "internal-error") {
 		t.Errorf("error %v", err)
 	}

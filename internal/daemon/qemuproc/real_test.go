@@ -191,7 +191,7 @@ func TestConformance(t *testing.T) {
 func TestRealGuest(t *testing.T) {
 	v, dir := probed(t), t.TempDir()
 	p := start(t, v, dir, machine(t, dir, false))
-	if err := v.Boot(within(t), dir); err != nil {
+	if err := v.Boot(within(t), dir, exampleSpec()); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "the guest's greeting", func() bool { return strings.Contains(p.console(t), hello) })
@@ -222,7 +222,7 @@ func TestRealGuest(t *testing.T) {
 func TestRealNIC(t *testing.T) {
 	v, dir := probed(t), t.TempDir()
 	p := start(t, v, dir, machine(t, dir, false))
-	if err := v.Boot(within(t), dir); err != nil {
+	if err := v.Boot(within(t), dir, exampleSpec()); err != nil {
 		t.Fatal(err)
 	}
 	for range 3 {
@@ -273,7 +273,7 @@ func TestRealReset(t *testing.T) {
 func TestRealDiskLock(t *testing.T) {
 	v, first, second := probed(t), t.TempDir(), t.TempDir()
 	start(t, v, first, machine(t, first, false))
-	if err := v.Boot(within(t), first); err != nil {
+	if err := v.Boot(within(t), first, exampleSpec()); err != nil {
 		t.Fatal(err)
 	}
 	share := func(name string) {
@@ -288,7 +288,7 @@ func TestRealDiskLock(t *testing.T) {
 	spec := machine(t, second, false)
 	share("run/modules")
 	p := start(t, v, second, spec)
-	if err := v.Boot(within(t), second); err != nil {
+	if err := v.Boot(within(t), second, exampleSpec()); err != nil {
 		t.Fatalf("with the read-only disk of another: %v", err)
 	}
 	p.kill(t)
@@ -350,7 +350,7 @@ func TestBootEndsWithContext(t *testing.T) {
 	why := errors.New("the process ended")
 	ctx, cancel := context.WithCancelCause(t.Context())
 	time.AfterFunc(20*time.Millisecond, func() { cancel(why) })
-	if err := New(config.KVMOff).Boot(ctx, dir); !errors.Is(err, why) {
+	if err := New(config.KVMOff).Boot(ctx, dir, exampleSpec()); !errors.Is(err, why) {
 		t.Errorf("error %v", err)
 	}
 }

@@ -226,6 +226,16 @@ func (m *Manager) releaseBootFiles(ctx context.Context, v *machine) error {
 	return nil
 }
 
+// jail: what the VMM's process finds around it.
+
+func (m *Manager) acquireJail(ctx context.Context, v *machine) error {
+	return m.host.VMM.Confine(ctx, v.dir.Path(), m.spec(v))
+}
+
+func (m *Manager) releaseJail(ctx context.Context, v *machine) error {
+	return m.host.VMM.Free(ctx, v.dir.Path())
+}
+
 // process: the shim and under it the VMM and the network's process, which ends with it.
 // The lock in run/ says whether they live.
 
@@ -258,11 +268,15 @@ func (m *Manager) acquireProcess(ctx context.Context, v *machine) error {
 }
 
 func (m *Manager) spec(v *machine) driver.Spec {
+	root := driver.DiskSpec{Serial: rootSerial, Path: v.h.Attached.Path, Format: v.h.Attached.Format}
+	if filepath.IsAbs(root.Path) {
+		root.Path, root.Device = filepath.Base(v.dir.Disk()), root.Path
+	}
 	return driver.Spec{
 		ID: v.rec.ID, Name: v.rec.Name, CPUs: v.rec.CPUs, Memory: v.rec.Memory,
 		Kernel: kernelPath, Initrd: initrdPath,
 		Disks: []driver.DiskSpec{
-			{Serial: rootSerial, Path: v.h.Attached.Path, Format: v.h.Attached.Format},
+			root,
 			{Serial: modulesSerial, Path: modulesPath, Format: "raw", ReadOnly: true},
 		},
 		NIC: m.card(v),
@@ -349,7 +363,7 @@ func (m *Manager) acquireAgent(ctx context.Context, v *machine) error {
 		}
 	}()
 
-	err := m.host.VMM.Boot(ctx, v.dir.Path())
+	err := m.host.VMM.Boot(ctx, v.dir.Path(), m.spec(v))
 	if err == nil {
 		v.channel = m.host.VMM.Channel(v.dir.Path(), v.h.Magic)
 		err = m.hello(ctx, v)

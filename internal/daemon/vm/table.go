@@ -41,6 +41,7 @@ func (m *Manager) table() []resource {
 		{"disk attachment", scopeRun, nil, m.acquireAttachment, m.releaseAttachment},
 		{"boot files", scopeRun, m.preflightBootFiles, m.acquireBootFiles, m.releaseBootFiles},
 		{"network", scopeRun, m.preflightNetwork, m.acquireNetwork, m.releaseNetwork},
+		{"jail", scopeRun, nil, m.acquireJail, m.releaseJail},
 		{"process", scopeRun, m.preflightProcess, m.acquireProcess, m.releaseProcess},
 		{"agent", scopeRun, nil, m.acquireAgent, m.releaseAgent},
 	}

@@ -65,14 +65,27 @@ func testAbility(t *testing.T, h VMMHost, a driver.Ability) {
 	}
 }
 
-// command makes the command for a VM in a new directory.
-func (h VMMHost) command(t *testing.T, dir string) driver.Command {
+// command makes the command for a VM in a new directory, and its jail.
+func (h VMMHost) command(t *testing.T, dir string) (driver.Spec, driver.Command) {
 	t.Helper()
-	c, err := h.VMM.Command(h.Prepare(t, dir))
+	spec := h.Prepare(t, dir)
+	c, err := h.VMM.Command(spec)
 	if err != nil {
 		t.Fatalf("Command: %v", err)
 	}
-	return c
+	if err := h.VMM.Confine(within(t), dir, spec); err != nil {
+		t.Fatalf("Confine: %v", err)
+	}
+	t.Cleanup(func() {
+		for range 2 { // absent is success
+			ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+			defer cancel()
+			if err := h.VMM.Free(ctx, dir); err != nil {
+				t.Errorf("Free: %v", err)
+			}
+		}
+	})
+	return spec, c
 }
 
 func testCommand(t *testing.T, h VMMHost) {
@@ -143,10 +156,10 @@ func testLife(t *testing.T, h VMMHost) {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	c := h.command(t, dir)
+	spec, c := h.command(t, dir)
 	// Boot may be called before the process has made anything.
 	booted := make(chan error, 1)
-	go func() { booted <- h.VMM.Boot(within(t), dir) }()
+	go func() { booted <- h.VMM.Boot(within(t), dir, spec) }()
 	kill := h.Start(t, dir, c)
 	if err := <-booted; err != nil {
 		t.Fatalf("Boot: %v", err)
@@ -165,7 +178,8 @@ func testLife(t *testing.T, h VMMHost) {
 // Copies of one spec run side by side: everything in it is relative.
 func testTwo(t *testing.T, h VMMHost) {
 	dirs := []string{t.TempDir(), t.TempDir()}
-	first, second := h.command(t, dirs[0]), h.command(t, dirs[1])
+	spec, first := h.command(t, dirs[0])
+	_, second := h.command(t, dirs[1])
 	if !bytes.Equal(encode(t, first), encode(t, second)) {
 		t.Errorf("the command depends on the directory: %q, %q", first.Argv, second.Argv)
 	}
@@ -174,7 +188,7 @@ func testTwo(t *testing.T, h VMMHost) {
 		defer kill()
 	}
 	for _, dir := range dirs {
-		if err := h.VMM.Boot(within(t), dir); err != nil {
+		if err := h.VMM.Boot(within(t), dir, spec); err != nil {
 			t.Errorf("Boot: %v", err)
 		}
 	}
@@ -182,11 +196,11 @@ func testTwo(t *testing.T, h VMMHost) {
 
 func testNoProcess(t *testing.T, h VMMHost) {
 	dir := t.TempDir()
-	h.Prepare(t, dir)
+	spec := h.Prepare(t, dir)
 	why := errors.New("the process ended")
 	ctx, cancel := context.WithCancelCause(t.Context())
 	defer time.AfterFunc(50*time.Millisecond, func() { cancel(why) }).Stop()
-	if err := h.VMM.Boot(ctx, dir); !errors.Is(err, why) && !errors.Is(err, context.Canceled) {
+	if err := h.VMM.Boot(ctx, dir, spec); !errors.Is(err, why) && !errors.Is(err, context.Canceled) {
 		t.Errorf("Boot without a process: %v", err)
 	}
 }

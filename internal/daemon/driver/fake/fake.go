@@ -4,6 +4,7 @@
 //
 //	DIR/loop/loopN   an attached disk: holds the id of its VM
 //	DIR/dm/NAME      a device on top of it: the same
+//	DIR/jail/ID      what the VMM's process finds around it: the same
 //	DIR/busy/ID      the devices of this VM cannot be removed
 //	DIR/scenario/VM  how a guest behaves, see Scenario
 //
@@ -57,8 +58,8 @@ func New(dir, vmmProgram string) *Host {
 // Points names all effects on the host, in the order of a VM's life.
 func Points() []string {
 	return []string{
-		"disk.create", "disk.attach.loop", "disk.attach.dm", "vmm.command", "vmm.boot", "channel.connect",
-		"vmm.powerbutton", "disk.detach.dm", "disk.detach.loop", "disk.remove", "inventory.dm.remove", "inventory.loop.remove",
+		"disk.create", "disk.attach.loop", "disk.attach.dm", "vmm.confine", "vmm.command", "vmm.boot", "channel.connect",
+		"vmm.powerbutton", "vmm.free", "disk.detach.dm", "disk.detach.loop", "disk.remove", "inventory.dm.remove", "inventory.loop.remove",
 	}
 }
 
@@ -103,7 +104,7 @@ func (h *Host) fault(point string) error {
 // left. Disks are no objects of the host: they are files of the VMs.
 func (h *Host) Text() string {
 	var lines []string
-	for _, kind := range []string{"dm", "loop"} {
+	for _, kind := range []string{"dm", "jail", "loop"} {
 		objects, err := h.objects(kind)
 		if err != nil {
 			lines = append(lines, fmt.Sprintf("%s: %v", kind, err))

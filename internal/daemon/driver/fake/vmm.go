@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"path/filepath"
 	"time"
 
 	"banger/internal/daemon/driver"
@@ -38,6 +39,16 @@ func (v vmm) Probe(ctx context.Context) (driver.Ability, error) {
 	return v.h.Ability, nil
 }
 
+// Confine makes a jail, which is a file.
+func (v vmm) Confine(_ context.Context, dir string, spec driver.Spec) error {
+	return v.h.effect("vmm.confine", func() error { return v.h.make("jail", filepath.Base(dir), spec.ID) })
+}
+
+func (v vmm) Free(_ context.Context, dir string) error {
+	id := filepath.Base(dir)
+	return v.h.effect("vmm.free", func() error { return v.h.remove("jail", id, id) })
+}
+
 func (v vmm) Command(spec driver.Spec) (driver.Command, error) {
 	var c driver.Command
 	err := v.h.effect("vmm.command", func() error {
@@ -55,7 +66,7 @@ func (v vmm) Command(spec driver.Spec) (driver.Command, error) {
 }
 
 // Boot waits until the VMM says that it is up.
-func (v vmm) Boot(ctx context.Context, dir string) error {
+func (v vmm) Boot(ctx context.Context, dir string, _ driver.Spec) error {
 	return v.h.effect("vmm.boot", func() error {
 		tick := time.NewTicker(bootPoll)
 		defer tick.Stop()

@@ -103,7 +103,7 @@ func (v *testVM) start() driver.Channel {
 	}
 	ctx, cancel := context.WithTimeout(v.t.Context(), 20*time.Second)
 	defer cancel()
-	if err := v.h.VMM().Boot(ctx, v.dir); err != nil {
+	if err := v.h.VMM().Boot(ctx, v.dir, driver.Spec{}); err != nil {
 		v.t.Fatal(err)
 	}
 	ch := v.h.VMM().Channel(v.dir, v.magic)
