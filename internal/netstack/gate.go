@@ -42,10 +42,11 @@ func newGate(log *refusalLog) *gate {
 	return g
 }
 
-// own tells the addresses of the host's interfaces; until they are known all are.
+// own tells the addresses of the host's interfaces, and what else ends at the host; until
+// they are known all are.
 func (g *gate) own(addr netip.Addr) bool {
 	hosts := g.hosts.Load()
-	return hosts == nil || hosts.has(addr)
+	return hosts == nil || hosts.ends(addr)
 }
 
 // judge says whether the guest may have to, and logs when not. The flow's address is where
@@ -56,7 +57,7 @@ func (g *gate) judge(protocol string, to netip.AddrPort) (netpolicy.Flow, bool) 
 		f.Gateway, f.Address = true, netip.AddrFrom4([4]byte{127, 0, 0, 1})
 		f.Names = []string{netwire.HostName}
 	} else {
-		f.Names, f.Own = g.names.lookup(to.Addr()), g.own(to.Addr()) || endsHere(to.Addr())
+		f.Names, f.Own = g.names.lookup(to.Addr()), g.own(to.Addr())
 	}
 	verdict := g.policy.Load().Judge(f)
 	if !verdict.Allowed {

@@ -182,6 +182,7 @@ func (n *network) serveTCP(r *tcp.ForwarderRequest) {
 	}
 	count := n.connections()
 	tune(guest.endpoint, count)
+	keep(outside)
 	narrow(outside, count)
 	conn.run(guest, outside, copySize(count))
 }
@@ -203,6 +204,14 @@ func narrow(outside net.Conn, count int) {
 	}
 }
 
+// keep finds out when the other end is gone. It comes after the guest has its answer, which
+// waits for each call of the kernel.
+func keep(outside net.Conn) {
+	if tcp, ok := outside.(*net.TCPConn); ok {
+		tcp.SetKeepAliveConfig(keepAlive())
+	}
+}
+
 // keepAlive finds connections whose other end is gone, within minutes.
 func keepAlive() net.KeepAliveConfig {
 	return net.KeepAliveConfig{Enable: true, Idle: time.Minute, Interval: 15 * time.Second, Count: 6}
@@ -212,7 +221,7 @@ func keepAlive() net.KeepAliveConfig {
 var errOwn = errors.New("an address of this host")
 
 func dialOutside(ctx context.Context, f netpolicy.Flow) (net.Conn, error) {
-	d := net.Dialer{KeepAliveConfig: keepAlive(), Control: noBroadcast}
+	d := net.Dialer{KeepAlive: -1, Control: noBroadcast}
 	conn, err := d.DialContext(ctx, f.Protocol, netip.AddrPortFrom(f.Address, f.Port).String())
 	if err == nil && !f.Own && !f.Gateway && isOwn(conn.LocalAddr(), f.Address) {
 		abort(conn)

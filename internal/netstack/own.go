@@ -19,8 +19,9 @@ const ownPeriod = time.Second
 // the policy says so. The kernel tells of changes, and until it does nothing wakes. Where
 // it cannot tell, has reads them again, at most once per ownPeriod.
 type ownAddresses struct {
-	set  atomic.Pointer[map[netip.Addr]struct{}] // nil until the first that could be read
-	poll atomic.Bool                             // the set may be old, and nobody will say so
+	set   atomic.Pointer[map[netip.Addr]struct{}] // nil until the first that could be read
+	asked atomic.Pointer[answers]                 // what endsHere said since the set was read
+	poll  atomic.Bool                             // the set may be old, and nobody will say so
 
 	mu      sync.Mutex // one reads at a time: an older set never replaces a newer one
 	attempt time.Time
@@ -63,6 +64,46 @@ func (o *ownAddresses) has(addr netip.Addr) bool {
 	return found
 }
 
+// ends tells whether the host keeps what is sent to addr. The kernel is asked once for an
+// address until addresses or routes change.
+func (o *ownAddresses) ends(addr netip.Addr) bool {
+	if o.has(addr) {
+		return true
+	}
+	asked := o.asked.Load()
+	if o.poll.Load() || asked == nil {
+		return endsHere(addr)
+	}
+	return asked.get(addr, endsHere)
+}
+
+// answers are the kernel's about addresses, at most maxAnswers.
+type answers struct {
+	mu    sync.Mutex // a leaf
+	known map[netip.Addr]bool
+}
+
+const maxAnswers = 1024
+
+// get asks when it does not know, without the lock: what changes meanwhile makes other
+// answers than these.
+func (a *answers) get(addr netip.Addr, ask func(netip.Addr) bool) bool {
+	a.mu.Lock()
+	yes, found := a.known[addr]
+	a.mu.Unlock()
+	if found {
+		return yes
+	}
+	yes = ask(addr)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.known == nil || len(a.known) >= maxAnswers {
+		a.known = make(map[netip.Addr]bool)
+	}
+	a.known[addr] = yes
+	return yes
+}
+
 // close ends the following; has keeps the last answer.
 func (o *ownAddresses) close() {
 	if o.events != nil {
@@ -90,6 +131,7 @@ func (o *ownAddresses) read() {
 
 func (o *ownAddresses) readLocked() {
 	o.attempt = time.Now()
+	o.asked.Store(new(answers))
 	list, err := net.InterfaceAddrs()
 	if err != nil {
 		o.poll.Store(true)
@@ -107,14 +149,15 @@ func (o *ownAddresses) readLocked() {
 	o.poll.Store(!o.told)
 }
 
-// subscribe opens a socket on which the kernel tells of changed addresses
+// subscribe opens a socket on which the kernel tells of changed addresses and routes
 // (rtnetlink(7)).
 func subscribe() (*os.File, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, err
 	}
-	groups := &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: unix.RTMGRP_IPV4_IFADDR | unix.RTMGRP_IPV6_IFADDR}
+	groups := &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: unix.RTMGRP_IPV4_IFADDR | unix.RTMGRP_IPV6_IFADDR |
+		unix.RTMGRP_IPV4_ROUTE | unix.RTMGRP_IPV6_ROUTE | unix.RTMGRP_IPV4_RULE}
 	if err := unix.Bind(fd, groups); err != nil {
 		unix.Close(fd)
 		return nil, err

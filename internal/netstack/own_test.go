@@ -120,6 +120,44 @@ func TestOwnAddressesFollowTheHost(t *testing.T) {
 }
 
 // TestOwnAddressesOutliveLostEvents: more changes than the socket holds.
+// An answer that was kept holds until routes change, and one that was asked for meanwhile
+// is not kept.
+func TestOwnAddressesFollowRoutes(t *testing.T) {
+	if !inNetns(t) {
+		return
+	}
+	ipTool(t, "link set lo up")
+	changes := make(chan struct{}, 100)
+	o := newOwnAddresses(func() { changes <- struct{}{} })
+	defer o.close()
+	addr := netip.MustParseAddr("203.0.113.9")
+	for range 3 {
+		if o.ends(addr) || o.ends(addr) {
+			t.Fatal("it ends here before there is a route")
+		}
+		if known := o.asked.Load().known; len(known) != 1 {
+			t.Fatalf("kept %v", known)
+		}
+		ipTool(t, "route add local 203.0.113.0/24 dev lo")
+		untilTrue(t, "it ends here", func() bool { return o.ends(addr) })
+		ipTool(t, "route del local 203.0.113.0/24 dev lo")
+		untilTrue(t, "it does not end here any more", func() bool { return !o.ends(addr) })
+	}
+	old := o.asked.Load()
+	old.get(netip.MustParseAddr("203.0.113.10"), func(netip.Addr) bool {
+		ipTool(t, "route add local 203.0.113.0/24 dev lo")
+		untilTrue(t, "the answers are others", func() bool { return o.asked.Load() != old })
+		return false
+	})
+	untilTrue(t, "it ends here", func() bool { return o.ends(netip.MustParseAddr("203.0.113.10")) })
+	for n := range 2 * maxAnswers {
+		old.get(netip.AddrFrom4([4]byte{192, 0, byte(n >> 8), byte(n)}), func(netip.Addr) bool { return false })
+	}
+	if len(old.known) > maxAnswers {
+		t.Errorf("%d answers are kept", len(old.known))
+	}
+}
+
 func TestOwnAddressesOutliveLostEvents(t *testing.T) {
 	if !inNetns(t) {
 		return
