@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"os/signal"
+	"slices"
 	"strconv"
 	"syscall"
 
@@ -24,15 +25,17 @@ type server interface {
 
 // runDaemon is the life of bangerd: it opens, tells whoever started it how that went,
 // and serves until it is asked to end. VMs go on running.
-func runDaemon(args []string, stdout, stderr io.Writer, open func(ctx context.Context) (server, error)) int {
+func runDaemon(args []string, stdout, stderr io.Writer, open func(ctx context.Context, system bool) (server, error)) int {
 	ready := readyPipe()
+	system := slices.Equal(args, []string{"--system"})
 	switch {
+	case system:
 	case len(args) == 1 && (args[0] == "--version" || args[0] == "version"):
 		version, commit := buildVersion()
 		fmt.Fprintln(stdout, "bangerd", version, commit)
 		return exitOK
 	case len(args) > 0:
-		fmt.Fprintf(stderr, "bangerd: it takes no arguments: %q\nhint: banger daemon status\n", args[0])
+		fmt.Fprintf(stderr, "bangerd: it takes no arguments but --system: %q\nhint: banger daemon status\n", args[0])
 		return exitUsage
 	}
 	// What the daemon makes, root file systems among it, must not depend on whose shell
@@ -41,7 +44,7 @@ func runDaemon(args []string, stdout, stderr io.Writer, open func(ctx context.Co
 	signal.Ignore(syscall.SIGHUP)
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	s, err := open(ctx)
+	s, err := open(ctx, system)
 	if err != nil {
 		e := asError(err)
 		ready(readiness{Code: e.Code, Message: e.Message, Hint: e.Hint})
@@ -82,7 +85,7 @@ func readyPipe() func(readiness) {
 // DaemonMain is what bangerd is. programs holds banger-shim, banger-guest and banger-net
 // at its top.
 func DaemonMain(args []string, stdout, stderr io.Writer, programs fs.FS, opts ...daemon.Option) int {
-	return runDaemon(args, stdout, stderr, func(ctx context.Context) (server, error) {
+	return runDaemon(args, stdout, stderr, func(ctx context.Context, system bool) (server, error) {
 		version, _ := buildVersion()
 		build, err := buildOf("/proc/self/exe")
 		if err != nil {
@@ -91,6 +94,9 @@ func DaemonMain(args []string, stdout, stderr io.Writer, programs fs.FS, opts ..
 		opts := append([]daemon.Option{
 			daemon.WithBuild(daemon.Build{Version: version, ID: build}), daemon.WithPrograms(programs),
 		}, opts...)
+		if system {
+			opts = append(opts, daemon.WithSystem())
+		}
 		d, err := daemon.Open(ctx, opts...)
 		if err != nil {
 			return nil, err // not a *Daemon that is nil in an interface that is not

@@ -35,7 +35,7 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, "panic: the last words")
 		os.Exit(2)
 	default:
-		os.Exit(runDaemon(nil, os.Stdout, os.Stderr, func(context.Context) (server, error) { return openTiny(mode) }))
+		os.Exit(runDaemon(nil, os.Stdout, os.Stderr, func(context.Context, bool) (server, error) { return openTiny(mode) }))
 	}
 }
 

@@ -125,6 +125,9 @@ func (a *app) program() (string, error) {
 // descriptor but the log and a pipe) and returns when it says that it is ready or why
 // not.
 func (a *app) spawn(ctx context.Context, c *client) error {
+	if c.layout.IsSystem() {
+		return api.Errorf(api.NotReady, "the system's daemon of %s does not run", c.layout.Root).WithHint("bangerd --system")
+	}
 	program, err := a.program()
 	if err != nil {
 		return err
@@ -249,6 +252,9 @@ func tail(path string, offset int64, n int) []string {
 // renew replaces a daemon that is older than the bangerd here, when it is idle. A busy
 // one is spoken to as it is: fields are only ever added to the API.
 func (a *app) renew(ctx context.Context, c *client) error {
+	if c.layout.IsSystem() {
+		return nil // who started it renews it
+	}
 	program, err := a.program()
 	if err != nil {
 		return nil // nothing to replace it with

@@ -48,6 +48,38 @@ func Dir() (Layout, error) {
 	return Layout{Root: filepath.Join(base, "banger")}, nil
 }
 
+// SystemDir is the state directory of the system's daemon: BANGER_STATE_DIR, else
+// /var/lib/banger.
+func SystemDir() (Layout, error) {
+	if os.Getenv("BANGER_STATE_DIR") != "" {
+		return Dir()
+	}
+	return Layout{Root: "/var/lib/banger"}, nil
+}
+
+// IsSystem tells whether the instance is that of the system's daemon. It is one or the
+// other for ever: the disks and the processes of its VMs are made for it.
+func (l Layout) IsSystem() bool {
+	_, err := os.Lstat(l.SystemFile())
+	return err == nil
+}
+
+// MarkSystem makes a new instance the system's. One that has been a user's is refused.
+func (l Layout) MarkSystem() error {
+	if l.IsSystem() {
+		return nil
+	}
+	if _, err := os.Lstat(l.DB()); err == nil {
+		return api.Errorf(api.Refused, "%s is the state directory of a daemon without --system", l.Root).
+			WithHint("set BANGER_STATE_DIR to a directory of its own")
+	}
+	f, err := os.OpenFile(l.SystemFile(), os.O_WRONLY|os.O_CREATE, 0o600)
+	if err != nil {
+		return fmt.Errorf("cannot mark the state directory: %w", err)
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
 // xdg returns the directory that variable names, else the one below the home
 // directory. A relative path is ignored, as the XDG base directory specification asks.
 func xdg(variable, fallback string) (string, error) {
@@ -97,7 +129,7 @@ func (l Layout) checkOurs() error {
 		return nil // it is not there yet, or ownDir says what is wrong with it
 	}
 	var ours []string
-	for _, path := range []string{l.Socket(), l.DaemonLock(), l.DB(), l.Log(), l.Cache(), l.Kernels(), l.Images(), l.VMs(), l.Lost(), l.Programs()} {
+	for _, path := range []string{l.Socket(), l.DaemonLock(), l.DB(), l.SystemFile(), l.Log(), l.Cache(), l.Kernels(), l.Images(), l.VMs(), l.Lost(), l.Programs()} {
 		ours = append(ours, filepath.Base(path))
 	}
 	for _, e := range entries {

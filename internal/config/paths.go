@@ -16,6 +16,9 @@ func (l Layout) DaemonLock() string { return l.at("bangerd.lock") }
 // InstanceFile holds the instance id, see Instance. It stays.
 func (l Layout) InstanceFile() string { return l.at("instance") }
 
+// SystemFile is there when the instance is the system's, see MarkSystem. It stays.
+func (l Layout) SystemFile() string { return l.at("system") }
+
 // DB is the database of package store, which puts a few files beside it. It stays.
 func (l Layout) DB() string { return l.at("banger.db") }
 

@@ -33,6 +33,7 @@ type Daemon struct {
 	config    config.Config // as it was at the start: log level and KVM
 	build     Build
 	instance  string
+	system    bool // see WithSystem
 	startedAt time.Time
 	log       *slog.Logger
 
@@ -166,9 +167,7 @@ func (d *Daemon) prune(ctx context.Context) {
 
 // openState opens what the rest is built on: directory, lock, log, configuration, store.
 func (d *Daemon) openState(ctx context.Context, o options) (err error) {
-	if o.layout != nil {
-		d.layout = *o.layout
-	} else if d.layout, err = config.Dir(); err != nil {
+	if d.layout, err = findState(o); err != nil {
 		return err
 	}
 	if err := d.layout.Prepare(); err != nil {
@@ -179,6 +178,14 @@ func (d *Daemon) openState(ctx context.Context, o options) (err error) {
 		return err
 	}
 	d.onClose(lock.Close)
+	if d.system = o.system; d.system {
+		err = d.layout.MarkSystem()
+	} else if d.layout.IsSystem() {
+		err = api.Errorf(api.Refused, "%s is the state directory of the system's daemon", d.layout.Root).WithHint("bangerd --system")
+	}
+	if err != nil {
+		return err
+	}
 	if d.config, err = loadConfig(); err != nil {
 		return err
 	}
@@ -202,6 +209,20 @@ func (d *Daemon) openState(ctx context.Context, o options) (err error) {
 	}
 	d.onClose(d.store.Close)
 	return nil
+}
+
+// findState finds the state directory.
+func findState(o options) (config.Layout, error) {
+	if o.system && os.Geteuid() != 0 {
+		return config.Layout{}, api.Errorf(api.Refused, "the system's daemon runs as root").WithHint("sudo bangerd --system")
+	}
+	switch {
+	case o.layout != nil:
+		return *o.layout, nil
+	case o.system:
+		return config.SystemDir()
+	}
+	return config.Dir()
 }
 
 func loadConfig() (config.Config, error) {

@@ -20,6 +20,7 @@ type options struct {
 	build        Build
 	logger       *slog.Logger
 	host         *driver.Host
+	system       bool
 	builder      image.Builder
 	checker      *locks.Checker
 	agentTimeout time.Duration
@@ -34,6 +35,10 @@ type Build struct {
 
 // WithBuild says which program this is.
 func WithBuild(b Build) Option { return func(o *options) { o.build = b } }
+
+// WithSystem makes it the system's daemon: root, Firecracker in a jail, and the state
+// directory of config.SystemDir.
+func WithSystem() Option { return func(o *options) { o.system = true } }
 
 // WithLayout takes the state directory from the caller instead of the environment.
 func WithLayout(l config.Layout) Option { return func(o *options) { o.layout = &l } }
