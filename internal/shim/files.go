@@ -42,9 +42,14 @@ type Config struct {
 	Env []string `json:"env"`
 	// Network is the VM's network process, nil for a VM that has none.
 	Network *Network `json:"network,omitempty"`
+	// Group is the absolute path of a cgroup (version 2) in which the VMM is born, a leaf
+	// of the VM's scope. With it the shim is the first process of a PID namespace; its
+	// end is the end of all in it, whatever the VMM made of its descriptors and
+	// credentials. Empty where the user has no such rights.
+	Group string `json:"group,omitempty"`
 }
 
-// Process names a process within one boot of the host.
+// Process names a process within one boot of the host, as the host counts pids.
 type Process struct {
 	PID int `json:"pid"`
 	// StartTime is field 22 of /proc/PID/stat, clock ticks since the host's boot.
@@ -79,6 +84,8 @@ type Exit struct {
 	Code int `json:"code"`
 	// Signal is a name like "KILL" when How is Signaled.
 	Signal string `json:"signal,omitempty"`
+	// OutOfMemory: the signal was the kernel's, because the VMM's group had no more.
+	OutOfMemory bool `json:"out_of_memory,omitempty"`
 	// Error says why when How is StartFailed.
 	Error string    `json:"error,omitempty"`
 	At    time.Time `json:"at"`
@@ -93,20 +100,33 @@ type Exit struct {
 }
 
 // Held tells whether the VM of dir runs, or is about to, or its end is being
-// written down. Without a lock file it does not. It takes no lock itself and may
-// be called at any time by anybody who can read the file.
+// written down, or its memory is still being given back: the lock is held, or else a
+// process is left in the scope of the group that run/shim.json names. Without these
+// files it does not run. It takes no lock itself and may be called at any time by
+// anybody who can read the files.
 func Held(dir string) (bool, error) {
+	held, err := locked(dir)
+	if err == nil && !held {
+		held, err = populated(dir)
+	}
+	if err != nil {
+		return false, fmt.Errorf("cannot ask whether the VM runs: %w", err)
+	}
+	return held, nil
+}
+
+func locked(dir string) (bool, error) {
 	file, err := os.Open(filepath.Join(dir, lockFile))
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	}
 	if err != nil {
-		return false, fmt.Errorf("cannot ask whether the VM runs: %w", err)
+		return false, err
 	}
 	defer file.Close()
 	lock := wholeFile(syscall.F_WRLCK)
 	if err := fcntlLock(file.Fd(), ofdGetLock, &lock); err != nil {
-		return false, fmt.Errorf("cannot ask whether the VM runs: %w", err)
+		return false, err
 	}
 	return lock.Type != syscall.F_UNLCK, nil
 }

@@ -62,7 +62,7 @@ func playDaemon(dir string, argv []string) {
 	const setChildSubreaper = 36 // PR_SET_CHILD_SUBREAPER
 	syscall.Syscall(syscall.SYS_PRCTL, setChildSubreaper, 1, 0)
 	fmt.Println("launching")
-	started, err := Launch(context.Background(), dir, os.Getenv(programs), Config{Argv: argv})
+	started, err := Launch(context.Background(), dir, os.Getenv(programs), Config{Argv: argv}, nil)
 	if err != nil {
 		fmt.Println("failed", err)
 		syscall.Exit(1)
@@ -160,7 +160,7 @@ func program() string { return os.Getenv(programs) }
 
 func launchVM(t *testing.T, dir string, cfg Config) Supervised {
 	t.Helper()
-	s, err := Launch(t.Context(), dir, program(), cfg)
+	s, err := Launch(t.Context(), dir, program(), cfg, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

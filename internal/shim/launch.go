@@ -33,25 +33,34 @@ func (e *StartError) Unwrap() error {
 	return e.Errno
 }
 
+// Place moves the shim, a process of the host's pid that has started nothing yet, to
+// where it shall live, and makes Config.Group.
+type Place func(ctx context.Context, pid int) error
+
 // Launch starts the supervisor program, and it the VMM, in the VM's directory dir,
 // and returns when the VMM has been exec'd. It makes dir/run and dir/log when they
 // are missing. When it fails, nothing is left running: a VMM that cannot be
 // started is a *StartError, and when ctx ends first the shim is killed and ctx's error
-// returned; a VM that runs already is not touched. The shim is reaped inside.
-func Launch(ctx context.Context, dir, program string, cfg Config) (Supervised, error) {
-	who, err := launch(ctx, dir, program, cfg)
+// returned; a VM that runs already is not touched. The shim is reaped inside. place is
+// called once if cfg has a Group, and is nil if not; its error is returned, wrapped, and
+// what it made is the caller's to remove.
+func Launch(ctx context.Context, dir, program string, cfg Config, place Place) (Supervised, error) {
+	who, err := launch(ctx, dir, program, cfg, place)
 	if err != nil {
 		return Supervised{}, fmt.Errorf("cannot start the VM's supervisor: %w", err)
 	}
 	return who, nil
 }
 
-func launch(ctx context.Context, dir, program string, cfg Config) (who Supervised, err error) {
+func launch(ctx context.Context, dir, program string, cfg Config, place Place) (who Supervised, err error) {
 	if err := ctx.Err(); err != nil {
 		return who, err
 	}
 	if len(cfg.Argv) == 0 {
 		return who, errors.New("no command given")
+	}
+	if cfg.Group != "" && !filepath.IsAbs(cfg.Group) || (cfg.Group == "") != (place == nil) {
+		return who, errors.New("a group and who places the VM in it go together")
 	}
 	if cfg.Network != nil && !filepath.IsAbs(cfg.Network.Program) {
 		return who, errors.New("no path of the network's program given")
@@ -72,10 +81,10 @@ func launch(ctx context.Context, dir, program string, cfg Config) (who Supervise
 		return who, err
 	}
 	defer report.Close()
-	process, err := fork(dir, program, lock, reportWriter)
+	process, err := forkAndPlace(ctx, dir, program, lock, reportWriter, place)
 	reportWriter.Close()
 	lock.Close()
-	if err != nil {
+	if process == nil {
 		return who, err
 	}
 	done := make(chan struct{})
@@ -83,7 +92,10 @@ func launch(ctx context.Context, dir, program string, cfg Config) (who Supervise
 		_, _ = process.Wait()
 		close(done)
 	}()
-	if err = readReport(ctx, report); err == nil {
+	if err == nil {
+		err = readReport(ctx, report)
+	}
+	if err == nil {
 		who, err = Processes(dir) // complete before the report
 	}
 	if err != nil {
@@ -112,6 +124,12 @@ func takeLock(dir string) (*os.File, error) {
 	}
 	if err == nil {
 		err = samePath(file, path)
+	}
+	if err == nil {
+		var dying bool
+		if dying, err = populated(dir); dying {
+			err = errLocked
+		}
 	}
 	if err != nil {
 		file.Close()
@@ -147,21 +165,53 @@ func prepare(dir string, cfg Config) error {
 	return writeJSON(filepath.Join(dir, configFile), cfg, false)
 }
 
-// fork starts the shim with the lock as descriptor 3 and the pipe as 4. Its
+// forkAndPlace returns the process also with the error of place: it waits then, or has
+// ended.
+func forkAndPlace(ctx context.Context, dir, program string, lock, report *os.File, place Place) (*os.Process, error) {
+	if place == nil {
+		return fork(dir, program, lock, report, nil)
+	}
+	placed, placedWriter, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	defer placedWriter.Close()
+	process, err := fork(dir, program, lock, report, placed)
+	placed.Close()
+	if err != nil {
+		return nil, err
+	}
+	// Nobody waits for the process yet, so the pid is its own also if it has ended.
+	if err := place(ctx, process.Pid); err != nil {
+		// Before the pipe is closed: the shim shall not take it for the daemon's end.
+		_ = process.Kill()
+		return process, err
+	}
+	_, _ = placedWriter.Write([]byte{1}) // to a shim that is gone: its report is missing
+	return process, nil
+}
+
+// fork starts the shim with the lock as descriptor 3, the report's pipe as 4, and, for
+// a VM with a group, the pipe that it waits on as 5, in a PID namespace of its own. Its
 // environment keeps the Go runtime small: one processor's worth of caches however
 // many the host has, and an early collection.
-func fork(dir, program string, lock, report *os.File) (*os.Process, error) {
+func fork(dir, program string, lock, report, placed *os.File) (*os.Process, error) {
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer null.Close()
-	return os.StartProcess(program, []string{"banger-shim"}, &os.ProcAttr{
+	attr := &os.ProcAttr{
 		Dir:   dir,
 		Env:   []string{"GOMAXPROCS=1", "GOGC=10"},
 		Files: []*os.File{null, null, null, lock, report},
 		Sys:   &syscall.SysProcAttr{Setsid: true},
-	})
+	}
+	if placed != nil {
+		attr.Files = append(attr.Files, placed)
+		attr.Sys.Cloneflags = syscall.CLONE_NEWPID
+	}
+	return os.StartProcess(program, []string{"banger-shim"}, attr)
 }
 
 // readReport waits for the shim's report: one line, "ok" or "error ERRNO TEXT", then

@@ -92,7 +92,7 @@ func TestStartFailures(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			dir := t.TempDir()
-			_, err := Launch(t.Context(), dir, program(), Config{Argv: []string{c.argv0}, Env: c.env})
+			_, err := Launch(t.Context(), dir, program(), Config{Argv: []string{c.argv0}, Env: c.env}, nil)
 			var start *StartError
 			if !errors.As(err, &start) || !errors.Is(err, c.errno) || !strings.Contains(err.Error(), c.argv0) {
 				t.Fatalf("error %v, want a StartError of %v that names %s", err, c.errno, c.argv0)
@@ -114,7 +114,7 @@ func TestStartFailures(t *testing.T) {
 func TestShimThatCannotRun(t *testing.T) {
 	t.Run("missing", func(t *testing.T) {
 		dir := t.TempDir()
-		_, err := Launch(t.Context(), dir, "/no/such/shim", sleeper())
+		_, err := Launch(t.Context(), dir, "/no/such/shim", sleeper(), nil)
 		if !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("error %v", err)
 		}
@@ -124,7 +124,7 @@ func TestShimThatCannotRun(t *testing.T) {
 	})
 	t.Run("ends at once", func(t *testing.T) {
 		dir := t.TempDir()
-		_, err := Launch(t.Context(), dir, "/bin/true", sleeper())
+		_, err := Launch(t.Context(), dir, "/bin/true", sleeper(), nil)
 		if err == nil || !strings.Contains(err.Error(), "ended before it started") {
 			t.Errorf("error %v", err)
 		}
@@ -140,7 +140,7 @@ func TestShimThatCannotRun(t *testing.T) {
 		dir := t.TempDir()
 		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 		defer cancel()
-		_, err = Launch(ctx, dir, yes, sleeper())
+		_, err = Launch(ctx, dir, yes, sleeper(), nil)
 		if !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("error %v", err)
 		}
@@ -163,7 +163,7 @@ func TestSecondLaunchIsRefusedAndTouchesNothing(t *testing.T) {
 	dir := t.TempDir()
 	s := launchVM(t, dir, sleeper())
 	before := snapshot(t, dir)
-	if _, err := Launch(t.Context(), dir, program(), Config{Argv: []string{"true"}}); !errors.Is(err, errLocked) {
+	if _, err := Launch(t.Context(), dir, program(), Config{Argv: []string{"true"}}, nil); !errors.Is(err, errLocked) {
 		t.Fatalf("error %v", err)
 	}
 	if after := snapshot(t, dir); !reflect.DeepEqual(before, after) {

@@ -8,7 +8,6 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 )
@@ -17,6 +16,7 @@ import (
 const (
 	lockFD   = 3
 	reportFD = 4
+	placedFD = 5 // only of a VM with a group
 )
 
 // drainGrace is how long the shim waits for the end of all output after the VMM has
@@ -34,7 +34,7 @@ func Main() int {
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT,
 		syscall.SIGPIPE, syscall.SIGALRM, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGXFSZ,
 		syscall.SIGTSTP, syscall.SIGTTIN, syscall.SIGTTOU)
-	if err := ownDescriptors(); err != nil {
+	if err := checkLock(); err != nil {
 		_, _ = os.Stderr.WriteString("banger-shim: " + err.Error() + "\n")
 		return 2
 	}
@@ -42,7 +42,17 @@ func Main() int {
 	// A core file would hold the guest's memory.
 	_ = syscall.Setrlimit(syscall.RLIMIT_CORE, &syscall.Rlimit{})
 	s := &supervisor{drained: make(chan struct{}, 3)}
-	if err := s.start(); err != nil {
+	cfg, err := readConfig()
+	if err == nil {
+		err = ownDescriptors(cfg.Group != "")
+	}
+	if err == nil && cfg.Group != "" {
+		err = awaitPlaced()
+	}
+	if err == nil {
+		err = s.start(cfg)
+	}
+	if err != nil {
 		s.record(Exit{How: StartFailed, Error: err.Error()})
 		report("error " + strconv.Itoa(int(errnoOf(err))) + " " + err.Error())
 		return 1
@@ -63,10 +73,7 @@ func report(line string) {
 // ownDescriptors keeps what Launch gave and closes what a careless ancestor left
 // open: a forgotten pipe would make somebody wait for the VM's end. What the Go
 // runtime opened has close-on-exec set; what came through exec has not.
-func ownDescriptors() error {
-	if err := checkLock(); err != nil {
-		return err
-	}
+func ownDescriptors(placed bool) error {
 	dir, err := os.ReadDir("/proc/self/fd")
 	if err != nil {
 		return err
@@ -80,13 +87,29 @@ func ownDescriptors() error {
 		if errno != 0 || flags&syscall.FD_CLOEXEC != 0 {
 			continue
 		}
-		if fd == lockFD || fd == reportFD {
+		if fd == lockFD || fd == reportFD || fd == placedFD && placed {
 			syscall.CloseOnExec(fd)
 			continue
 		}
 		_ = syscall.Close(fd)
 	}
 	return nil
+}
+
+// awaitPlaced waits until the daemon has put the shim into its group: what is forked
+// before is elsewhere.
+func awaitPlaced() error {
+	defer syscall.Close(placedFD)
+	for {
+		n, err := syscall.Read(placedFD, make([]byte, 1))
+		if err == syscall.EINTR {
+			continue
+		}
+		if err == nil && n == 0 {
+			err = errors.New("bangerd ended before the VM had its group")
+		}
+		return err
+	}
 }
 
 // checkLock makes sure that descriptor 3 holds the lock. To lock again what the
@@ -110,31 +133,40 @@ type supervisor struct {
 	stderr  *stderrLog
 	open    int // streams that are drained
 	drained chan struct{}
-	vmm     Process
-	net     *network // nil without one
-	who     Supervised
+	group   string
 
-	mu     sync.Mutex
-	reaped bool // the pid is no longer ours to signal
+	children children
+	vmm      child
+	net      *network // nil without one
+	who      Supervised
 }
 
-func (s *supervisor) start() error {
+func readConfig() (cfg Config, err error) {
 	data, err := os.ReadFile(configFile)
 	if err != nil {
-		return err
+		return cfg, err
 	}
-	var cfg Config
 	if err := json.Unmarshal(data, &cfg); err != nil || len(cfg.Argv) == 0 {
-		return errors.New("cannot understand " + configFile)
+		return cfg, errors.New("cannot understand " + configFile)
 	}
+	return cfg, nil
+}
+
+func (s *supervisor) start(cfg Config) error {
 	boot, err := bootID()
 	if err != nil {
 		return err
 	}
-	self, err := identify(os.Getpid())
+	pid, err := ownPID()
 	if err != nil {
 		return err
 	}
+	self, err := identify(pid)
+	if err != nil {
+		return err
+	}
+	s.children.namespaced = cfg.Group != ""
+	s.group = cfg.Group
 	s.console = newConsole(consoleLimit)
 	s.stderr = newStderrLog(stderrFile)
 	s.who = Supervised{Version: fileVersion, BootID: boot, Shim: self}
@@ -160,25 +192,22 @@ func (s *supervisor) startAll(cfg Config) (err error) {
 		if err := s.net.start(); err != nil {
 			return err
 		}
-		s.who.Net = s.net.process
+		s.who.Net = s.net.child.process
 	}
 	if err := s.fork(cfg); err != nil {
 		return err
 	}
-	s.vmm, err = identify(s.vmm.PID)
-	if err == nil {
-		s.who.VMM = s.vmm
-		err = writeJSON(processesFile, s.who, false)
-	}
-	if err != nil {
-		_ = syscall.Kill(s.vmm.PID, syscall.SIGKILL)
+	s.who.VMM = s.vmm.process
+	if err = writeJSON(processesFile, s.who, false); err != nil {
+		s.children.signal(s.vmm, syscall.SIGKILL)
 		s.wait()
 	}
 	return err
 }
 
 // fork starts the VMM with /dev/null as standard input, its output drained, and
-// the lock as descriptor 3.
+// the lock as descriptor 3. In a group of its own it has no lock: a jailer would close it,
+// and the group tells more.
 func (s *supervisor) fork(cfg Config) error {
 	program, err := lookPath(cfg.Argv[0], cfg.Env)
 	if err != nil {
@@ -191,17 +220,27 @@ func (s *supervisor) fork(cfg Config) error {
 	if err := syscall.Pipe2(errs[:], syscall.O_CLOEXEC); err != nil {
 		return err
 	}
-	pid, err := syscall.ForkExec(program, cfg.Argv, &syscall.ProcAttr{
+	attr := &syscall.ProcAttr{
 		Env:   cfg.Env,
-		Files: []uintptr{0, uintptr(out[1]), uintptr(errs[1]), lockFD},
+		Files: []uintptr{0, uintptr(out[1]), uintptr(errs[1])},
 		Sys:   &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL},
-	})
+	}
+	if cfg.Group == "" {
+		attr.Files = append(attr.Files, lockFD)
+	} else {
+		group, err := syscall.Open(cfg.Group, syscall.O_RDONLY|syscall.O_DIRECTORY|syscall.O_CLOEXEC, 0)
+		if err != nil {
+			return cannotStart(cfg.Argv[0], &os.PathError{Op: "open", Path: cfg.Group, Err: err})
+		}
+		defer syscall.Close(group)
+		attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, group
+	}
+	s.vmm, err = s.children.start(program, cfg.Argv, attr)
 	_ = syscall.Close(out[1])
 	_ = syscall.Close(errs[1])
 	if err != nil {
 		return cannotStart(cfg.Argv[0], err)
 	}
-	s.vmm.PID = pid
 	s.drain(out[0], s.console, 8<<10)
 	s.drain(errs[0], s.stderr, 4<<10)
 	return nil
@@ -223,35 +262,14 @@ func (s *supervisor) forward(signals <-chan os.Signal) {
 		if sig != syscall.SIGTERM {
 			continue
 		}
-		s.mu.Lock()
-		if !s.reaped {
-			_ = syscall.Kill(s.vmm.PID, syscall.SIGTERM)
-		}
-		s.mu.Unlock()
+		s.children.signal(s.vmm, syscall.SIGTERM)
 	}
 }
 
 // wait waits for the VMM and the end of its output, and says how it ended. Until then
 // it keeps the network, which ends with it.
 func (s *supervisor) wait() Exit {
-	if s.net != nil {
-		s.keepNetwork()
-	}
-	var status syscall.WaitStatus
-	for {
-		// Seen first and reaped under the mutex, so that no signal goes to whoever
-		// gets the pid next.
-		if err := waitZombie(s.vmm.PID); err == syscall.EINTR {
-			continue
-		}
-		s.mu.Lock()
-		_, err := syscall.Wait4(s.vmm.PID, &status, 0, nil)
-		s.reaped = err != syscall.EINTR
-		s.mu.Unlock()
-		if s.reaped {
-			break
-		}
-	}
+	status := s.keep()
 	s.net.stop()
 	grace := time.NewTimer(drainGrace)
 	for ; s.open > 0; s.open-- {
@@ -262,20 +280,10 @@ func (s *supervisor) wait() Exit {
 		}
 	}
 	if status.Signaled() {
-		return Exit{How: Signaled, Signal: signalName(status.Signal())}
+		oom := s.group != "" && status.Signal() == syscall.SIGKILL && outOfMemory(s.group)
+		return Exit{How: Signaled, Signal: signalName(status.Signal()), OutOfMemory: oom}
 	}
 	return Exit{How: Exited, Code: status.ExitStatus()}
-}
-
-// waitZombie waits for the end of a child without reaping it.
-func waitZombie(pid int) error {
-	const pPID = 1 // P_PID of waitid(2)
-	_, _, errno := syscall.Syscall6(syscall.SYS_WAITID, pPID, uintptr(pid), 0,
-		syscall.WEXITED|syscall.WNOWAIT, 0, 0)
-	if errno != 0 {
-		return errno
-	}
-	return nil
 }
 
 // record writes exit.json. Whether it can or not, the shim's work is done: a VM's

@@ -46,18 +46,17 @@ func (p *pauses) after(lived time.Duration) time.Duration {
 	return pause
 }
 
-// network is banger-net's process. All of it is the first thread's, which forks,
-// signals and reaps: so no signal goes to whoever gets the pid next.
+// network is banger-net's process. All of it is the first thread's, which forks.
 type network struct {
-	cfg     Network
-	program int // the file, open
-	stderr  *stderrLog
-	errs    int // where standard error is written to, by one process after the other
-	process Process
-	ended   <-chan struct{} // nil while none runs
-	since   time.Time
-	pauses  pauses
-	stopped bool
+	cfg      Network
+	children *children
+	program  int // the file, open
+	stderr   *stderrLog
+	errs     int   // where standard error is written to, by one process after the other
+	child    child // ended is nil while none runs
+	since    time.Time
+	pauses   pauses
+	stopped  bool
 }
 
 // openNetwork starts nothing yet.
@@ -73,7 +72,7 @@ func (s *supervisor) openNetwork(cfg Network) error {
 	if err := syscall.Pipe2(errs[:], syscall.O_CLOEXEC); err != nil {
 		return err
 	}
-	s.net = &network{cfg: cfg, program: program, stderr: newStderrLog(networkStderrFile), errs: errs[1]}
+	s.net = &network{cfg: cfg, children: &s.children, program: program, stderr: newStderrLog(networkStderrFile), errs: errs[1]}
 	s.drain(errs[0], s.net.stderr, 4<<10)
 	return nil
 }
@@ -82,8 +81,8 @@ func (s *supervisor) openNetwork(cfg Network) error {
 // 3 is its own program, to be exec'd by that number: what the child inherits under a
 // number that it is not told may be another file by then. It has not the lock, which
 // says that the VMM lives, not the network.
-func (n *network) start() error {
-	pid, err := syscall.ForkExec("/proc/self/fd/3", n.cfg.Argv, &syscall.ProcAttr{
+func (n *network) start() (err error) {
+	n.child, err = n.children.start("/proc/self/fd/3", n.cfg.Argv, &syscall.ProcAttr{
 		Env:   n.cfg.Env,
 		Files: []uintptr{0, 1, uintptr(n.errs), uintptr(n.program)},
 		Sys:   &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL},
@@ -92,45 +91,33 @@ func (n *network) start() error {
 		return cannotStart(networkName, err)
 	}
 	n.since = time.Now()
-	n.ended = childEnd(pid)
-	n.process, err = identify(pid)
-	if err != nil {
-		n.process.PID = pid // still to be killed and reaped
-	}
-	return err
+	return nil
 }
 
-// keepNetwork restarts banger-net until the VMM has ended. It stays on the first
-// thread, as must whoever forks.
-func (s *supervisor) keepNetwork() {
-	vmm := childEnd(s.vmm.PID)
+// keep waits for the end of the VMM and restarts banger-net until then. It stays on the
+// first thread, as must whoever forks.
+func (s *supervisor) keep() syscall.WaitStatus {
+	if s.net == nil {
+		return <-s.vmm.ended
+	}
 	var restart <-chan time.Time
 	for {
 		select {
-		case <-vmm:
-			return
-		case <-s.net.ended:
-			s.net.reap()
+		case status := <-s.vmm.ended:
+			return status
+		case <-s.net.child.ended:
+			s.net.child.ended = nil
 			restart = time.After(s.net.pauses.after(time.Since(s.net.since)))
 		case <-restart:
 			restart = nil
-			if err := s.net.start(); err != nil && s.net.ended == nil {
+			if err := s.net.start(); err != nil {
 				restart = time.After(s.net.pauses.after(0))
 				continue
 			}
-			s.who.Net = s.net.process
+			s.who.Net = s.net.child.process
 			_ = writeJSON(processesFile, s.who, false) // on a full disk the old one stays
 		}
 	}
-}
-
-func (n *network) reap() {
-	for {
-		if _, err := syscall.Wait4(n.process.PID, nil, 0, nil); err != syscall.EINTR {
-			break
-		}
-	}
-	n.ended = nil
 }
 
 // stop ends banger-net for good. Without one, and the second time, it does nothing.
@@ -139,20 +126,9 @@ func (n *network) stop() {
 		return
 	}
 	n.stopped = true
-	if n.ended != nil {
-		_ = syscall.Kill(n.process.PID, syscall.SIGKILL)
-		n.reap()
+	if n.child.ended != nil {
+		n.children.signal(n.child, syscall.SIGKILL)
+		<-n.child.ended
 	}
 	_ = syscall.Close(n.errs)
-}
-
-// childEnd is closed when a child has ended. The child is left to be reaped.
-func childEnd(pid int) <-chan struct{} {
-	ended := make(chan struct{})
-	go func() {
-		for waitZombie(pid) == syscall.EINTR {
-		}
-		close(ended)
-	}()
-	return ended
 }

@@ -304,7 +304,7 @@ func TestNetworkThatCannotStart(t *testing.T) {
 			dir := t.TempDir()
 			cfg := withNetwork(t, Config{Argv: []string{c.vmm, "1000"}}, "run")
 			cfg.Network.Program = c.program
-			_, err := Launch(t.Context(), dir, program(), cfg)
+			_, err := Launch(t.Context(), dir, program(), cfg, nil)
 			var start *StartError
 			if !errors.As(err, &start) || !errors.Is(err, c.errno) || !strings.HasPrefix(start.Text, "cannot start "+c.names+": ") {
 				t.Fatalf("error %v, want a StartError of %v that names %s", err, c.errno, c.names)
@@ -320,7 +320,7 @@ func TestNetworkThatCannotStart(t *testing.T) {
 	t.Run("no path", func(t *testing.T) {
 		cfg := sleeper()
 		cfg.Network = &Network{Program: "banger-net"}
-		if _, err := Launch(t.Context(), t.TempDir(), program(), cfg); err == nil {
+		if _, err := Launch(t.Context(), t.TempDir(), program(), cfg, nil); err == nil {
 			t.Error("no error")
 		}
 	})

@@ -167,7 +167,7 @@ func TestFullDiskAtTheStart(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "vm")
 	smallDisk(t, dir)
 	fill(t, filepath.Join(dir, "ballast"))
-	_, err := Launch(t.Context(), dir, program(), sleeper())
+	_, err := Launch(t.Context(), dir, program(), sleeper(), nil)
 	if !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("error %v", err)
 	}

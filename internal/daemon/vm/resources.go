@@ -254,7 +254,7 @@ func (m *Manager) acquireProcess(ctx context.Context, v *machine) error {
 	if err != nil {
 		return err
 	}
-	started, err := shim.Launch(ctx, v.dir.Path(), m.programs.Shim, shim.Config{Argv: cmd.Argv, Env: cmd.Env, Network: m.networkProcess()})
+	started, err := shim.Launch(ctx, v.dir.Path(), m.programs.Shim, shim.Config{Argv: cmd.Argv, Env: cmd.Env, Network: m.networkProcess()}, nil)
 	if err != nil {
 		err = fmt.Errorf("cannot start %s: %w", m.host.VMM.Name(), err)
 		if refused := new(shim.StartError); errors.As(err, &refused) {

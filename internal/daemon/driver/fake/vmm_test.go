@@ -82,7 +82,7 @@ func (v *testVM) launch() error {
 	if err != nil {
 		v.t.Fatal(err)
 	}
-	_, err = shim.Launch(v.t.Context(), v.dir, programs+"/banger-shim", shim.Config{Argv: cmd.Argv, Env: cmd.Env})
+	_, err = shim.Launch(v.t.Context(), v.dir, programs+"/banger-shim", shim.Config{Argv: cmd.Argv, Env: cmd.Env}, nil)
 	v.t.Cleanup(func() {
 		if held, _ := shim.Held(v.dir); held {
 			v.kill()
