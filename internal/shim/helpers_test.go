@@ -32,6 +32,8 @@ func TestMain(m *testing.M) {
 		os.Exit(runTests(m))
 	case "daemon":
 		playDaemon(os.Args[1], os.Args[2:])
+	case "placing daemon":
+		playPlacingDaemon(os.Args[1], os.Args[2])
 	case "vmm":
 		syscall.Exit(playVMM(os.Args[1:]))
 	case "net":
@@ -125,6 +127,8 @@ func playVMM(args []string) int {
 		}
 		<-c
 		return 7
+	case "daemonise", "orphans", "touch":
+		return playGroupVMM(args)
 	case "deaf": // SIGTERM makes a file "heard"
 		hear("heard")
 	}
@@ -160,7 +164,11 @@ func program() string { return os.Getenv(programs) }
 
 func launchVM(t *testing.T, dir string, cfg Config) Supervised {
 	t.Helper()
-	s, err := Launch(t.Context(), dir, program(), cfg, nil)
+	var place Place
+	if cfg.Group != "" {
+		place = placeIn(cfg.Group)
+	}
+	s, err := Launch(t.Context(), dir, program(), cfg, place)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -18,6 +18,7 @@ import (
 // Need skips the test, or fails it, when the machine lacks what:
 //
 //	root      the test runs as uid 0 with the right to mount
+//	cgroup2   it may make a cgroup of version 2, wherever that is mounted
 //	netns     it may make a network namespace, and has ip to furnish it
 //	qemu      there is a qemu-system-x86_64 in PATH
 //	node      there are node, and npm in one directory with all that it needs
@@ -41,6 +42,9 @@ func probe(what string) (have, known bool) {
 	switch what {
 	case "root":
 		return canUnshare(syscall.CLONE_NEWNS), true
+	case "cgroup2":
+		mounts, err := os.ReadFile("/proc/mounts")
+		return err == nil && strings.Contains(string(mounts), " cgroup2 rw") && canUnshare(syscall.CLONE_NEWNS), true
 	case "netns":
 		_, err := exec.LookPath("ip")
 		return err == nil && canUnshare(syscall.CLONE_NEWNET), true
