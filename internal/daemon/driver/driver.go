@@ -22,6 +22,26 @@ type Host struct {
 	Disk        Disk
 	OtherDisks  []Disk
 	Inventories []Inventory
+	// Groups is nil where VMs are not jailed: in user mode.
+	Groups Groups
+}
+
+// Groups puts each VM into control groups of its own: one leaf for its shim, a sibling
+// for its VMM, which outlive the daemon. What is in them is gone when they are empty,
+// not before.
+type Groups interface {
+	// Group is the path of the VMM's leaf, a pure function.
+	Group(vm string) string
+	// Place makes the groups around the shim, whose pid is the host's.
+	Place(ctx context.Context, vm string, pid int, l Limits) error
+	// Remove ends what is in the groups and removes them. Absent is success.
+	Remove(ctx context.Context, vm string) error
+}
+
+// Limits are what a VMM may use beside the guest's own bounds.
+type Limits struct {
+	Memory int64 // bytes, the guest's; the driver adds what the VMM needs
+	CPUs   int
 }
 
 // VMM knows one virtual machine monitor. It starts no process: the shim does, by

@@ -212,6 +212,8 @@ func describeExit(e shim.Exit) string {
 		return "the guest rebooted"
 	case e.Intent != "":
 		return "the guest: " + e.Intent
+	case e.OutOfMemory:
+		return "killed: the VMM needed more memory than its group has"
 	case e.How == shim.Signaled:
 		return "ended by signal " + e.Signal
 	case e.How == shim.Exited:

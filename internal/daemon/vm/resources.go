@@ -226,16 +226,6 @@ func (m *Manager) releaseBootFiles(ctx context.Context, v *machine) error {
 	return nil
 }
 
-// jail: what the VMM's process finds around it.
-
-func (m *Manager) acquireJail(ctx context.Context, v *machine) error {
-	return m.host.VMM.Confine(ctx, v.dir.Path(), m.spec(v))
-}
-
-func (m *Manager) releaseJail(ctx context.Context, v *machine) error {
-	return m.host.VMM.Free(ctx, v.dir.Path())
-}
-
 // process: the shim and under it the VMM and the network's process, which ends with it.
 // The lock in run/ says whether they live.
 
@@ -272,7 +262,9 @@ func (m *Manager) spec(v *machine) driver.Spec {
 	if filepath.IsAbs(root.Path) {
 		root.Path, root.Device = filepath.Base(v.dir.Disk()), root.Path
 	}
+	uid := m.jailUser(v.rec)
 	return driver.Spec{
+		UID: uid, GID: uid,
 		ID: v.rec.ID, Name: v.rec.Name, CPUs: v.rec.CPUs, Memory: v.rec.Memory,
 		Kernel: kernelPath, Initrd: initrdPath,
 		Disks: []driver.DiskSpec{
@@ -296,10 +288,16 @@ func (m *Manager) releaseProcess(ctx context.Context, v *machine) error {
 		}
 		if !held {
 			v.h.Shim, v.h.VMM = nil, nil
-			return nil
+			return m.removeGroups(ctx, v)
 		}
-		if err := m.kill(v, time.Since(begun) > searchAfter); err != nil {
+		late := time.Since(begun) > searchAfter
+		if err := m.kill(v, late); err != nil {
 			return err
+		}
+		if late {
+			if err := m.removeGroups(ctx, v); err != nil {
+				return err
+			}
 		}
 		select {
 		case <-ctx.Done():
@@ -307,6 +305,13 @@ func (m *Manager) releaseProcess(ctx context.Context, v *machine) error {
 		case <-tick.C:
 		}
 	}
+}
+
+func (m *Manager) removeGroups(ctx context.Context, v *machine) error {
+	if m.host.Groups == nil {
+		return nil
+	}
+	return m.host.Groups.Remove(ctx, v.rec.ID)
 }
 
 const (
