@@ -10,10 +10,10 @@ export CGO_ENABLED ?= 0
 GO ?= go
 PROGRAMS := cmd/bangerd/programs
 
-.PHONY: help build demo test test-quick lint generate deps test-deps toolchain bench clean
+.PHONY: help build demo test test-quick lint generate deps test-deps toolchain bench test-host test-host-shell clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 build: bin/banger bin/bangerd ## bin/banger and bin/bangerd, static
 
@@ -43,6 +43,16 @@ generate: ## the code generated from api/banger/v1/banger.proto
 
 bench: deps build ## banger against the bare thing, in interleaved pairs
 	@$(GO) run ./test/bench
+
+test-host: test-deps build bin/testhost ## the tests that need KVM, device-mapper and systemd, in a test host
+	@bin/testhost test
+
+test-host-shell: test-deps build bin/testhost ## a root shell in the test host
+	@bin/testhost shell
+
+# Not go run, which knows no exit code but 1.
+bin/testhost: toolchain
+	@$(GO) build -o $@ ./test/host/testhost
 
 toolchain:
 	@test/deps.sh go

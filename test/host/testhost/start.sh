@@ -1,0 +1,42 @@
+# Runs in the test host as its only job; the runner shares this file in as /host/job/start.
+# What a run needs is copied to memory, because files over 9p are slow to execute.
+set -u
+. /host/job/settings
+[ "$TESTHOST_PORT" = /dev/hvc0 ] || udevadm wait --timeout=30 "$TESTHOST_PORT"
+exec <>"$TESTHOST_PORT" >&0 2>&1 # the port lets itself be opened once
+[ "$TESTHOST_PORT" != /dev/hvc0 ] || stty $TESTHOST_SIZE
+
+share() { # NAME OPTIONS
+  mkdir -p "/host/$1"
+  mount -t 9p -o "trans=virtio,version=9p2000.L,msize=512000,$2" "$1" "/host/$1"
+}
+share tree ro,cache=loose
+share cache ro,cache=loose
+share results rw,cache=none
+cp -a /host/job/firecracker /host/job/tests /host/
+mkdir /host/bin
+find /host/tree/bin -maxdepth 1 -type f ! -name testhost -exec cp -t /host/bin {} +
+# What looks for the programs in the tree finds those in memory.
+[ ! -d /host/tree/bin ] || mount --bind /host/bin /host/tree/bin
+mkdir -p -m 1777 /var/lib/tmp
+modprobe -a kvm_amd loop dm_snapshot tun bridge || echo "testhost: a module does not load" >&2
+
+export HOME=/root USER=root LANG=C.UTF-8 TERM="$TESTHOST_TERM"
+export PATH=/host/bin:/host/firecracker:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+export BANGER_TEST_HOST=1 BANGER_TEST_BOOT="$TESTHOST_BOOT" BANGER_TEST_REQUIRE=testhost,root
+export BANGER_TEST_CACHE=/host/cache BANGER_FIRECRACKER_DIR=/host/firecracker TMPDIR=/var/lib/tmp
+read -r up _ </proc/uptime
+echo "job started $up s after the kernel" >/host/results/started
+printf '%s started\n' "$TESTHOST_MARK"
+cd /host/tree
+case $TESTHOST_PORT in
+/dev/hvc0) setsid -c bash /host/job/command ;;
+*) bash /host/job/command </dev/null ;;
+esac
+status=$?
+[ $status = 0 ] || journalctl -b -o short-monotonic >/host/results/journal 2>&1
+[ "$TESTHOST_END" != orderly ] || sync
+printf '%s exit %d\n' "$TESTHOST_MARK" "$status"
+# A power cut is the runner's: it kills QEMU as soon as it has read the mark.
+[ "$TESTHOST_END" != orderly ] || systemctl poweroff
+sleep infinity
