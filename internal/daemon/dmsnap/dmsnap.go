@@ -135,6 +135,10 @@ func describe(base, dir string, size int64) (header, error) {
 	case id.Size == 0 || id.Size%sector != 0:
 		return header{}, fmt.Errorf("the image %s has %d bytes: its size must be a positive multiple of %d", base, id.Size, sector)
 	}
+	// A time that a power cut takes back would be another image.
+	if err := f.Sync(); err != nil {
+		return header{}, err
+	}
 	if id.Sample, err = sample(f, id.Size); err != nil {
 		return header{}, err
 	}
