@@ -135,7 +135,8 @@ func node(kernelName string) (string, error) {
 // dmDir is where dmsetup makes nodes with the devices' own names.
 const dmDir = "/dev/mapper"
 
-// removeDevice removes a device. One that is in use is tried again until it is not.
+// removeDevice removes a device. One that is in use is tried again until it is not. ctx
+// ends the trying, not the dmsetup that is at it.
 func removeDevice(ctx context.Context, name string) error {
 	return poll(ctx, func() (bool, error) {
 		device, err := find(name)
@@ -146,7 +147,7 @@ func removeDevice(ctx context.Context, name string) error {
 			// A dmsetup that was killed may have left the node.
 			return true, removeFile(filepath.Join(dmDir, name))
 		}
-		_, err = dmsetup(ctx, removeArgv(name), "")
+		_, err = dmsetup(context.WithoutCancel(ctx), removeArgv(name), "")
 		if errors.Is(err, unix.EBUSY) || absent(err) {
 			return false, nil
 		}

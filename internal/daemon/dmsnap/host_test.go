@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -119,7 +120,8 @@ func TestAttachUndoes(t *testing.T) {
 	must(t, d.Create(t.Context(), base, path, 8*mib))
 	why := errors.New("this step fails")
 	for n := range maxSteps {
-		a, err := d.Attach(steps{context.Background(), &n, func() error { return why }}, "a", path)
+		left := n
+		a, err := d.Attach(steps{context.Background(), &left, func() error { return why }}, "a", path)
 		if err == nil {
 			if n < 5 {
 				t.Errorf("only %d steps", n)
@@ -214,7 +216,7 @@ func child(t *testing.T, verb string, step int, path string) (killed bool) {
 	return false
 }
 
-// recover does what a daemon does after a crash, and looks that nothing is left.
+// recoverAll does what a daemon does after a crash, and looks that nothing is left.
 func recoverAll(t *testing.T, root string) {
 	t.Helper()
 	for _, i := range Inventories(instance, root) {
@@ -373,5 +375,46 @@ func TestTwoInstances(t *testing.T) {
 	must(t, other.Detach(t.Context(), "a", path2, theirs))
 	if _, err := other.Status(t.Context(), "a"); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("Status of none: %v", err)
+	}
+}
+
+// What Attach and Detach cost, beside the bare commands that make the same devices.
+func BenchmarkAttach(b *testing.B) {
+	if os.Getenv("BANGER_TEST_HOST") == "" {
+		b.Skip("needs testhost")
+	}
+	dir := b.TempDir()
+	base, path, store := filepath.Join(dir, "image"), filepath.Join(dir, "disk"), filepath.Join(dir, "store")
+	d := New(instance)
+	if err := errors.Join(os.WriteFile(base, make([]byte, 64*mib), 0o600), d.Create(b.Context(), base, path, 64*mib),
+		os.WriteFile(store, nil, 0o600), os.Truncate(store, storeSize(64*mib))); err != nil {
+		b.Fatal(err)
+	}
+	bare := filepath.Join(dir, "bare")
+	const text = `set -e
+base=$(losetup -f --show -r "$1"); store=$(losetup -f --show "$2")
+dmsetup create --noudevrules --noudevsync bare --table "0 131072 snapshot $base $store PO 8"
+dmsetup remove --noudevrules --noudevsync bare; losetup -d $base $store
+`
+	if err := os.WriteFile(bare, []byte(text), 0o700); err != nil {
+		b.Fatal(err)
+	}
+	var ours, theirs []time.Duration
+	for b.Loop() {
+		begin := time.Now()
+		a, err := d.Attach(b.Context(), "a", path)
+		if err := errors.Join(err, d.Detach(b.Context(), "a", path, a)); err != nil {
+			b.Fatal(err)
+		}
+		middle := time.Now()
+		if out, err := exec.Command("sh", bare, base, store).CombinedOutput(); err != nil {
+			b.Fatalf("%v: %s", err, out)
+		}
+		ours, theirs = append(ours, middle.Sub(begin)), append(theirs, time.Since(middle))
+	}
+	for name, all := range map[string][]time.Duration{"ours": ours, "bare": theirs} {
+		slices.Sort(all)
+		n := len(all)
+		b.Logf("%s: n %d, median %v, quartiles %v %v", name, n, all[n/2], all[n/4], all[n*3/4])
 	}
 }
