@@ -36,7 +36,12 @@ type Config struct {
 	Network  string // "internet"; a preset of package netpolicy
 	LogLevel slog.Level
 	KVM      KVM
+	// DiskDriver is how the disks of new VMs are made: DiskAuto, or a driver's name.
+	DiskDriver string
 }
+
+// DiskAuto is the cheapest way that works on the host.
+const DiskAuto = "auto"
 
 // KVM says whether /dev/kvm is used.
 type KVM string
@@ -75,6 +80,8 @@ func Default(h Host) Config {
 		Network:  "internet",
 		LogLevel: slog.LevelInfo,
 		KVM:      KVMAuto,
+
+		DiskDriver: DiskAuto,
 	}
 }
 
@@ -113,7 +120,7 @@ func Load(h Host) (Config, error) {
 // file is config.toml. It is decoded as far as TOML's own types go, then with the
 // values checked: the decoder hands any type to UnmarshalText, and does not say on
 // which line.
-type file[M, D, N, L, K any] struct {
+type file[M, D, N, L, K, V any] struct {
 	Image    *string `toml:"image"`
 	Kernel   *string `toml:"kernel"`
 	CPUs     *int    `toml:"cpus"`
@@ -122,12 +129,14 @@ type file[M, D, N, L, K any] struct {
 	Network  *N      `toml:"network"`
 	LogLevel *L      `toml:"log_level"`
 	KVM      *K      `toml:"kvm"`
+
+	DiskDriver *V `toml:"disk_driver"`
 }
 
 // Parse reads the contents of a config.toml over the defaults of h; path is for messages.
 func Parse(path string, data []byte, h Host) (Config, error) {
-	var f file[memory, disk, preset, level, kvmMode]
-	for _, into := range []any{&file[string, string, string, string, string]{}, &f} {
+	var f file[memory, disk, preset, level, kvmMode, diskDriver]
+	for _, into := range []any{&file[string, string, string, string, string, string]{}, &f} {
 		if err := toml.NewDecoder(bytes.NewReader(data)).DisallowUnknownFields().Decode(into); err != nil {
 			return Config{}, describe(path, err)
 		}
@@ -150,6 +159,9 @@ func Parse(path string, data []byte, h Host) (Config, error) {
 	}
 	if f.KVM != nil {
 		c.KVM = f.KVM.value
+	}
+	if f.DiskDriver != nil {
+		c.DiskDriver = f.DiskDriver.name
 	}
 	if c.Image == "" || c.Kernel == "" {
 		return Config{}, api.Errorf(api.Invalid, "%s: image and kernel must not be empty", path)
@@ -202,6 +214,8 @@ type (
 	preset  struct{ name string }
 	level   struct{ level slog.Level }
 	kvmMode struct{ value KVM }
+
+	diskDriver struct{ name string }
 )
 
 func (m *memory) UnmarshalText(b []byte) (err error) {
@@ -244,6 +258,16 @@ func (k *kvmMode) UnmarshalText(b []byte) error {
 		return nil
 	default:
 		return fmt.Errorf("%q is none of auto, off", v)
+	}
+}
+
+func (d *diskDriver) UnmarshalText(b []byte) error {
+	switch s := string(b); s {
+	case DiskAuto, "reflink", "qcow2", "dm-snapshot", "copy": // a test in package daemon holds them against the drivers
+		d.name = s
+		return nil
+	default:
+		return fmt.Errorf("%q is none of auto, reflink, qcow2, dm-snapshot, copy", s)
 	}
 }
 

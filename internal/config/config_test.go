@@ -54,11 +54,12 @@ disk = "100GiB"
 network = "lan"
 log_level = "debug"
 kvm = "off"
+disk_driver = "dm-snapshot"
 `), testHost)
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := Config{Image: "alpine", Kernel: "debian-cloud", CPUs: 8, Memory: 1536 << 20, Disk: 100 << 30, Network: "lan", LogLevel: slog.LevelDebug, KVM: KVMOff}
+	want := Config{Image: "alpine", Kernel: "debian-cloud", CPUs: 8, Memory: 1536 << 20, Disk: 100 << 30, Network: "lan", LogLevel: slog.LevelDebug, KVM: KVMOff, DiskDriver: "dm-snapshot"}
 	if d := cmp.Diff(want, got); d != "" {
 		t.Error(d)
 	}
@@ -78,6 +79,7 @@ func TestParseNamesFileLineAndKey(t *testing.T) {
 		{"cpus = \"two\"\n", `c.toml:1: cpus: `},
 		{"cpus = 0\n", `c.toml: cpus: a VM has from 1 to 255 CPUs`},
 		{"kvm = \"on\"\n", `c.toml:1: kvm: "on" is none of auto, off`},
+		{"disk_driver = \"zfs\"\n", `c.toml:1: disk_driver: "zfs" is none of auto, reflink, qcow2, dm-snapshot, copy`},
 		{"network = \"wan\"\n", `c.toml:1: network: "wan" is none of none, internet, lan, host`},
 		{"log_level = \"loud\"\n", `c.toml:1: log_level: `},
 		{"image = \"\"\n", `c.toml: image and kernel`},

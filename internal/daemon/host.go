@@ -25,9 +25,9 @@ func (d *Daemon) wireHost(ctx context.Context, o options) (driver.Host, driver.A
 	if err != nil {
 		return driver.Host{}, ability, api.Errorf(api.NotReady, "%w", err).WithHint("%s", qemuproc.Remedy())
 	}
-	choice, err := rootdisk.Probe(ctx, d.layout.Root)
+	choice, err := rootdisk.Choose(ctx, d.layout.Root, d.config.DiskDriver, rootdisk.UserMode())
 	if err != nil {
-		return driver.Host{}, ability, err
+		return driver.Host{}, ability, api.Errorf(api.NotReady, "%w", err).WithHint("banger doctor")
 	}
 	for _, r := range choice.Passed {
 		d.log.Info("a cheaper way to make disks does not work here", "driver", r.Driver, "why", r.Why)
@@ -77,7 +77,7 @@ func hostChecks(o options) []check.Check {
 		},
 	})
 	if layout != nil {
-		checks = append(checks, rootdisk.Checks(layout.Root)...)
+		checks = append(checks, rootdisk.Checks(layout.Root, c.DiskDriver, rootdisk.UserMode())...)
 		checks = append(checks, imagemgr.Checks(layout.Root)...)
 	}
 	return checks

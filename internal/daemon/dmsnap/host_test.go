@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -378,41 +379,55 @@ func TestTwoInstances(t *testing.T) {
 	}
 }
 
-// What Attach and Detach cost, beside the bare commands that make the same devices.
+// What Attach costs, beside the bare commands that make the same devices.
 func BenchmarkAttach(b *testing.B) {
 	if os.Getenv("BANGER_TEST_HOST") == "" {
 		b.Skip("needs testhost")
 	}
 	dir := b.TempDir()
 	base, path, store := filepath.Join(dir, "image"), filepath.Join(dir, "disk"), filepath.Join(dir, "store")
+	tail := filepath.Join(dir, "tail")
 	d := New(instance)
-	if err := errors.Join(os.WriteFile(base, make([]byte, 64*mib), 0o600), d.Create(b.Context(), base, path, 64*mib),
-		os.WriteFile(store, nil, 0o600), os.Truncate(store, storeSize(64*mib))); err != nil {
+	if err := errors.Join(os.WriteFile(base, make([]byte, 64*mib), 0o600), d.Create(b.Context(), base, path, 128*mib),
+		os.WriteFile(store, nil, 0o600), os.Truncate(store, storeSize(64*mib)),
+		os.WriteFile(tail, nil, 0o600), os.Truncate(tail, 64*mib)); err != nil {
 		b.Fatal(err)
 	}
-	bare := filepath.Join(dir, "bare")
-	const text = `set -e
-base=$(losetup -f --show -r "$1"); store=$(losetup -f --show "$2")
-dmsetup create --noudevrules --noudevsync bare --table "0 131072 snapshot $base $store PO 8"
-dmsetup remove --noudevrules --noudevsync bare; losetup -d $base $store
-`
-	if err := os.WriteFile(bare, []byte(text), 0o700); err != nil {
-		b.Fatal(err)
-	}
-	var ours, theirs []time.Duration
-	for b.Loop() {
-		begin := time.Now()
-		a, err := d.Attach(b.Context(), "a", path)
-		if err := errors.Join(err, d.Detach(b.Context(), "a", path, a)); err != nil {
-			b.Fatal(err)
-		}
-		middle := time.Now()
-		if out, err := exec.Command("sh", bare, base, store).CombinedOutput(); err != nil {
+	script := func(text string) {
+		if out, err := exec.Command("sh", "-c", "set -e\n"+text, "sh", base, store, tail).CombinedOutput(); err != nil {
 			b.Fatalf("%v: %s", err, out)
 		}
-		ours, theirs = append(ours, middle.Sub(begin)), append(theirs, time.Since(middle))
 	}
-	for name, all := range map[string][]time.Duration{"ours": ours, "bare": theirs} {
+	times := map[string][]time.Duration{}
+	measure := func(name string, f func()) {
+		begin := time.Now()
+		f()
+		times[name] = append(times[name], time.Since(begin))
+	}
+	for b.Loop() {
+		var a driver.Attached
+		measure("Attach", func() {
+			var err error
+			if a, err = d.Attach(b.Context(), "a", path); err != nil {
+				b.Fatal(err)
+			}
+		})
+		measure("Detach", func() {
+			if err := d.Detach(b.Context(), "a", path, a); err != nil {
+				b.Fatal(err)
+			}
+		})
+		measure("bare attach", func() {
+			script(`base=$(losetup -f --show -r "$1"); store=$(losetup -f --show "$2"); tail=$(losetup -f --show "$3")
+printf '%s\n' "0 131072 snapshot $base $store PO 8" "131072 131072 linear $tail 0" | dmsetup create --noudevrules --noudevsync bare`)
+		})
+		measure("bare detach", func() {
+			script(`dmsetup remove --retry --noudevrules --noudevsync bare
+for f; do losetup -d $(losetup -n -O NAME -j "$f"); done`)
+		})
+	}
+	for _, name := range slices.Sorted(maps.Keys(times)) {
+		all := times[name]
 		slices.Sort(all)
 		n := len(all)
 		b.Logf("%s: n %d, median %v, quartiles %v %v", name, n, all[n/2], all[n/4], all[n*3/4])

@@ -374,7 +374,7 @@ func TestOverlayIsRelative(t *testing.T) {
 func TestProbeChoosesTheCheapest(t *testing.T) {
 	dir := tmpfs(t, "8m")
 	needQemuImg(t)
-	choice, err := Probe(t.Context(), dir)
+	choice, err := Choose(t.Context(), dir, Auto, UserMode())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -384,18 +384,85 @@ func TestProbeChoosesTheCheapest(t *testing.T) {
 	}
 	noFiles(t, dir)
 
-	if choice, err = Probe(t.Context(), xfs(t)); err != nil || choice.Disk.Name() != Reflink || choice.Passed != nil {
+	if choice, err = Choose(t.Context(), xfs(t), Auto, UserMode()); err != nil || choice.Disk.Name() != Reflink || choice.Passed != nil {
 		t.Errorf("on XFS: %+v, %v", choice, err)
 	}
 
 	t.Setenv(ProgramEnv, "banger-no-such-program")
-	if choice, err = Probe(t.Context(), dir); err != nil || choice.Disk.Name() != Copy || len(choice.Passed) != 2 {
+	if choice, err = Choose(t.Context(), dir, Auto, UserMode()); err != nil || choice.Disk.Name() != Copy || len(choice.Passed) != 2 {
 		t.Errorf("without qemu-img: %+v, %v", choice, err)
 	}
 }
 
+// A driver that is asked for is taken or refused, and never replaced.
+func TestForcedChoice(t *testing.T) {
+	dir := tmpfs(t, "8m")
+	choice, err := Choose(t.Context(), dir, Copy, UserMode())
+	if err != nil || choice.Disk.Name() != Copy || choice.Passed != nil {
+		t.Errorf("copy: %+v, %v", choice, err)
+	}
+	for _, o := range check.Run(t.Context(), Checks(dir, Copy, UserMode())) {
+		if o.Result != check.OK || o.Finding != "copy (disk_driver)" {
+			t.Errorf("copy: %+v", o)
+		}
+	}
+	for name, want := range map[string]string{
+		Reflink:       "by reflink, which disk_driver asks for: the file system cannot share blocks",
+		"dm-snapshot": "by dm-snapshot, which disk_driver asks for: here there are reflink, qcow2, copy",
+	} {
+		if _, err := Choose(t.Context(), dir, name, UserMode()); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %s", name, err, want)
+		}
+		for _, o := range check.Run(t.Context(), Checks(dir, name, UserMode())) {
+			if o.Result != check.Fail || !strings.Contains(o.Finding, want) {
+				t.Errorf("%s: %+v", name, o)
+			}
+		}
+	}
+	noFiles(t, dir)
+}
+
+// dm-snapshot stands between reflink and copy where the VMM opens raw disks only.
+func TestRawOnly(t *testing.T) {
+	lacks := errors.New("this kernel has no device-mapper")
+	snapshot := func(err error) []Candidate {
+		return RawOnly(Candidate{named("dm-snapshot"), func(context.Context, string) error { return err }})
+	}
+	dir := tmpfs(t, "8m")
+	if choice, err := Choose(t.Context(), dir, Auto, snapshot(nil)); err != nil || choice.Disk.Name() != "dm-snapshot" || len(choice.Passed) != 1 {
+		t.Errorf("%+v, %v", choice, err)
+	}
+	choice, err := Choose(t.Context(), dir, "", snapshot(lacks))
+	if err != nil || choice.Disk.Name() != Copy || len(choice.Passed) != 2 || choice.Passed[1] != (Reason{"dm-snapshot", lacks.Error()}) {
+		t.Errorf("%+v, %v", choice, err)
+	}
+	if _, err := Choose(t.Context(), dir, "dm-snapshot", snapshot(lacks)); !errors.Is(err, lacks) {
+		t.Errorf("forced: %v", err)
+	}
+	if _, err := Choose(t.Context(), dir, QCOW2, snapshot(nil)); err == nil {
+		t.Error("a qcow2 for who cannot read it")
+	}
+	for _, o := range check.Run(t.Context(), Checks(dir, Auto, snapshot(lacks))) {
+		if o.Result != check.Warn || strings.Contains(o.Fix, "qemu") {
+			t.Errorf("%+v", o)
+		}
+	}
+	if choice, err := Choose(t.Context(), xfs(t), Auto, snapshot(nil)); err != nil || choice.Disk.Name() != Reflink {
+		t.Errorf("on XFS: %+v, %v", choice, err)
+	}
+}
+
+// named is a driver that does nothing.
+type named string
+
+func (n named) Name() string                                                        { return string(n) }
+func (named) Create(context.Context, string, string, int64) error                   { return nil }
+func (named) Attach(context.Context, string, string) (a driver.Attached, err error) { return }
+func (named) Detach(context.Context, string, string, driver.Attached) error         { return nil }
+func (named) Remove(context.Context, string) error                                  { return nil }
+
 func TestProbeWithoutADirectory(t *testing.T) {
-	if _, err := Probe(t.Context(), filepath.Join(t.TempDir(), "absent")); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := Choose(t.Context(), filepath.Join(t.TempDir(), "absent"), Auto, UserMode()); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("no directory: %v", err)
 	}
 }
@@ -415,7 +482,7 @@ func TestChecks(t *testing.T) {
 	t.Setenv(ProgramEnv, "banger-no-such-program")
 	// Doctor runs before there is a state directory.
 	dir := filepath.Join(t.TempDir(), "not", "yet")
-	choice, err := Probe(t.Context(), existing(dir))
+	choice, err := Choose(t.Context(), existing(dir), Auto, UserMode())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -423,12 +490,12 @@ func TestChecks(t *testing.T) {
 	if choice.Disk.Name() == Copy {
 		want = check.Warn
 	}
-	for _, o := range check.Run(t.Context(), Checks(dir)) {
+	for _, o := range check.Run(t.Context(), Checks(dir, Auto, UserMode())) {
 		if o.Result != want || !strings.HasPrefix(o.Finding, choice.Disk.Name()) {
 			t.Errorf("%+v", o)
 		}
 	}
-	for _, o := range check.Run(t.Context(), Checks("/proc/absent")) {
+	for _, o := range check.Run(t.Context(), Checks("/proc/absent", Auto, UserMode())) {
 		if o.Result != check.Fail {
 			t.Errorf("%+v", o)
 		}
