@@ -14,8 +14,8 @@ func levels() map[string]int {
 	table := map[int]string{
 		-1: "api api/banger/v1 api/banger/v1/bangerv1connect",
 		0: `internal/config internal/guest/wire internal/netpolicy internal/netwire internal/shim
-			internal/daemon/driver internal/daemon/opstate internal/daemon/locks internal/daemon/hostcmd internal/daemon/proc internal/daemon/check`,
-		1: `internal/daemon/store internal/daemon/dmsnap internal/daemon/rootdisk internal/daemon/fcproc internal/daemon/qemuproc
+			internal/daemon/driver internal/daemon/opstate internal/daemon/locks internal/daemon/hostcmd internal/daemon/proc internal/daemon/check internal/daemon/kvm`,
+		1: `internal/daemon/store internal/daemon/cgroup internal/daemon/dmsnap internal/daemon/rootdisk internal/daemon/fcproc internal/daemon/qemuproc
 			internal/daemon/initrd internal/daemon/imagemgr internal/daemon/driver/fake internal/daemon/driver/conformance internal/guest/boot internal/guest/agent internal/netstack internal/apply`,
 		2: "internal/daemon/vm internal/daemon/image internal/daemon/image/imagetest internal/daemon/hostnet internal/daemon/workspace internal/daemon/session",
 		3: "internal/daemon",
@@ -78,6 +78,7 @@ func outside() map[string][]string {
 		"internal/daemon/hostcmd": nil,
 		"internal/daemon/proc":    nil,
 		"internal/daemon/check":   nil,
+		"internal/daemon/kvm":     nil,
 	}
 }
 

@@ -3,7 +3,6 @@ package qemuproc
 import (
 	"errors"
 	"flag"
-	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -137,49 +136,6 @@ func TestCommandComesAfterProbe(t *testing.T) {
 	}
 }
 
-func TestAccelerator(t *testing.T) {
-	good := kvmFacts{Virt: "vmx", Device: true, API: 12}
-	for _, c := range []struct {
-		name   string
-		change func(*kvmFacts)
-		accel  string
-		reason string
-	}{
-		{"works", func(*kvmFacts) {}, "kvm", ""},
-		{"works on AMD", func(f *kvmFacts) { f.Virt = "svm" }, "kvm", ""},
-		{"kvm_pvm beside real KVM", func(f *kvmFacts) { f.PVM = true }, "kvm", ""},
-		{"off", func(f *kvmFacts) { f.Off = true }, "tcg", "configuration"},
-		{"kvm_pvm that opens and makes VMs", func(f *kvmFacts) { f.Virt, f.PVM = "", true }, "tcg", "kvm_pvm"},
-		{"no flag, yet a device", func(f *kvmFacts) { f.Virt = "" }, "tcg", "not to be trusted"},
-		{"no flag, no device", func(f *kvmFacts) { f.Virt, f.Device = "", false }, "tcg", "firmware"},
-		{"denied", func(f *kvmFacts) { f.Open = os.ErrPermission }, "tcg", "/dev/kvm: permission denied"},
-		{"another API", func(f *kvmFacts) { f.API = 11 }, "tcg", "version 11"},
-		{"no VM", func(f *kvmFacts) { f.CreateVM = errors.New("device busy") }, "tcg", "makes no VM: device busy"},
-	} {
-		f := good
-		c.change(&f)
-		accel, reason := accelerator(f)
-		if accel != c.accel || !strings.Contains(reason, c.reason) || (reason == "") != (accel == "kvm") {
-			t.Errorf("%s: %q because %q", c.name, accel, reason)
-		}
-	}
-}
-
-func TestKVMFinding(t *testing.T) {
-	for _, c := range []struct {
-		f   kvmFacts
-		fix string
-	}{
-		{kvmFacts{Virt: "svm"}, "sudo modprobe kvm_amd"},
-		{kvmFacts{Virt: "vmx", Device: true, Open: os.ErrPermission}, "sudo usermod -aG kvm $USER"},
-		{kvmFacts{Device: true, PVM: true}, ""},
-	} {
-		if got := kvmFinding(c.f); got.Fix != c.fix || got.Text == "" {
-			t.Errorf("%+v: %+v, want the fix %q", c.f, got, c.fix)
-		}
-	}
-}
-
 const cpuinfo = `processor	: 0
 flags		: fpu vme constant_tsc %s nx
 bogomips	: 5192.26
@@ -190,11 +146,6 @@ bogomips	: 1.00
 `
 
 func TestCPUInfo(t *testing.T) {
-	for flag, want := range map[string]string{"svm": "svm", "vmx": "vmx", "svm_lock": "", "": ""} {
-		if got := virtFlag(fmt.Sprintf(cpuinfo, flag)); got != want {
-			t.Errorf("flag %q: %q, want %q", flag, got, want)
-		}
-	}
 	if got := bogomipsKHz(cpuinfo); got != 2596130 {
 		t.Errorf("bogomips: %d kHz", got)
 	}

@@ -5,15 +5,16 @@ import (
 
 	"banger/internal/config"
 	"banger/internal/daemon/check"
+	"banger/internal/daemon/kvm"
 )
 
 // Checks asks for QEMU and for KVM.
-func Checks(kvm config.KVM) []check.Check {
+func Checks(mode config.KVM) []check.Check {
 	return []check.Check{
 		{
 			Name: "qemu", Purpose: "runs the guests", Fix: Remedy(),
 			Probe: func(ctx context.Context) check.Finding {
-				s, err := probe(ctx, kvm)
+				s, err := probe(ctx, mode)
 				if err != nil {
 					return check.Found(check.Fail, "%v", err)
 				}
@@ -25,25 +26,14 @@ func Checks(kvm config.KVM) []check.Check {
 		},
 		{
 			Name: "kvm", Purpose: "guests at full speed; without it the CPU is emulated, about ten times slower",
-			Probe: func(context.Context) check.Finding { return kvmFinding(gatherKVM(kvm)) },
+			Probe: func(context.Context) check.Finding { return kvmFinding(kvm.Look(mode == config.KVMOff)) },
 		},
 	}
 }
 
-func kvmFinding(f kvmFacts) check.Finding {
-	accel, reason := accelerator(f)
-	if accel == "kvm" {
-		return check.Found(check.OK, "%s works", kvmDevice)
+func kvmFinding(f kvm.Facts) check.Finding {
+	if why := f.Missing(); why != "" {
+		return check.Found(check.Warn, "%s", why).WithFix("%s", f.Remedy())
 	}
-	found := check.Found(check.Warn, "%s", reason)
-	if f.Off || f.Virt == "" {
-		return found
-	}
-	if !f.Device {
-		return found.WithFix("sudo modprobe kvm_%s", map[string]string{"vmx": "intel", "svm": "amd"}[f.Virt])
-	}
-	if f.Open != nil {
-		return found.WithFix("sudo usermod -aG kvm $USER")
-	}
-	return found
+	return check.Found(check.OK, "%s works", kvm.Device)
 }

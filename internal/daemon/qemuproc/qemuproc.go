@@ -25,6 +25,7 @@ import (
 	"banger/internal/config"
 	"banger/internal/daemon/driver"
 	"banger/internal/daemon/hostcmd"
+	"banger/internal/daemon/kvm"
 	"banger/internal/guest/wire"
 )
 
@@ -57,7 +58,7 @@ type setup struct {
 }
 
 // New makes the driver. It does no I/O.
-func New(kvm config.KVM) *VMM { return &VMM{kvm: kvm} }
+func New(mode config.KVM) *VMM { return &VMM{kvm: mode} }
 
 // Name is "qemu".
 func (v *VMM) Name() string { return "qemu" }
@@ -83,7 +84,7 @@ func (s setup) reason() string {
 	return strings.TrimPrefix(s.Reason+"; "+note, "; ")
 }
 
-func probe(ctx context.Context, kvm config.KVM) (setup, error) {
+func probe(ctx context.Context, mode config.KVM) (setup, error) {
 	program, err := findProgram()
 	if err != nil {
 		return setup{}, err
@@ -112,7 +113,10 @@ func probe(ctx context.Context, kvm config.KVM) (setup, error) {
 	if !hasMachine(machines, "microvm") {
 		return setup{}, fmt.Errorf("%s %s was built without the machine microvm", program, s.Version)
 	}
-	s.Accel, s.Reason = accelerator(gatherKVM(kvm))
+	s.Accel = "kvm"
+	if s.Reason = kvm.Look(mode == config.KVMOff).Missing(); s.Reason != "" {
+		s.Accel = "tcg"
+	}
 	if s.Accel == "tcg" {
 		if s.TSC, err = hostTSC(); err != nil {
 			return setup{}, err

@@ -7,6 +7,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"banger/internal/daemon/kvm"
 )
 
 const (
@@ -48,7 +50,7 @@ func chooseTSC(bogomips, measured int64) (int64, error) {
 
 // bogomipsKHz is 0 when there is no such line.
 func bogomipsKHz(cpuinfo string) int64 {
-	mips, err := strconv.ParseFloat(cpuField(cpuinfo, "bogomips"), 64)
+	mips, err := strconv.ParseFloat(kvm.CPUField(cpuinfo, "bogomips"), 64)
 	if err != nil || mips <= 0 || mips > 1e6 || !constantTSC(cpuinfo) {
 		return 0
 	}
@@ -57,7 +59,7 @@ func bogomipsKHz(cpuinfo string) int64 {
 
 // constantTSC: without this flag the counter's rate follows the CPU's frequency.
 func constantTSC(cpuinfo string) bool {
-	for _, flag := range strings.Fields(cpuField(cpuinfo, "flags")) {
+	for _, flag := range strings.Fields(kvm.CPUField(cpuinfo, "flags")) {
 		if flag == "constant_tsc" {
 			return true
 		}
