@@ -4,8 +4,10 @@ go 1.26.3
 
 require (
 	connectrpc.com/connect v1.21.1
+	github.com/coreos/go-systemd/v22 v22.7.0
 	github.com/creack/pty v1.1.24
 	github.com/docker/go-units v0.5.0
+	github.com/godbus/dbus/v5 v5.2.4
 	github.com/google/go-cmp v0.7.0
 	github.com/hashicorp/yamux v0.1.2
 	github.com/miekg/dns v1.1.73
