@@ -127,7 +127,7 @@ func Open(ctx context.Context, opts ...Option) (d *Daemon, err error) {
 	d.images = image.New(image.Options{Layout: d.layout, Store: d.store, Checker: o.checker, Logger: d.log, Builder: o.builder})
 	d.onClose(d.images.Close)
 	d.vms, err = vm.New(vm.Options{
-		Layout: d.layout, Instance: d.instance, Limits: limits, Store: d.store, Host: d.host, Programs: programs, Images: d.images,
+		Layout: d.layout, Instance: d.instance, Limits: limits, Store: d.store, Host: d.host, Ability: d.ability, Programs: programs, Images: d.images,
 		Checker: o.checker, Logger: d.log, AgentTimeout: o.agentTimeout, Hook: o.hook,
 	})
 	if err != nil {

@@ -74,6 +74,10 @@ type Ability struct {
 	Accelerator string // "kvm" or "tcg"
 	Reason      string // why it is not kvm, in words
 	Network     bool   // a Spec may have a NIC
+	// Vsock: the agent is reached over the guest's vsock, not over a serial port.
+	Vsock bool
+	// NoSerials: the guest knows its disks by their order alone.
+	NoSerials bool
 }
 
 // Spec describes one boot. All paths are relative to the VM's directory.

@@ -76,7 +76,7 @@ func debianCloud() KernelRecipe {
 	return KernelRecipe{
 		Name: DebianCloud, Title: "Debian 12 cloud kernel", Version: 1,
 		Suite: "bookworm", Package: "linux-image-cloud-amd64",
-		Boot: []string{"virtio_mmio", "virtio_blk", "virtio_console", "virtio_rng", "virtio_net"},
+		Boot: []string{"virtio_mmio", "virtio_blk", "virtio_console", "virtio_rng", "virtio_net", "vmw_vsock_virtio_transport"},
 	}
 }
 

@@ -55,6 +55,7 @@ type Options struct {
 	Limits   config.Host // no VM gets more than the host has
 	Store    *store.Store
 	Host     driver.Host
+	Ability  driver.Ability // of Host.VMM
 	Programs Programs
 	Images   Images
 	Checker  *locks.Checker
@@ -80,6 +81,7 @@ type Manager struct {
 	limits       config.Host
 	store        *store.Store
 	host         driver.Host
+	ability      driver.Ability
 	programs     Programs
 	images       Images
 	workspaces   Workspaces
@@ -114,7 +116,7 @@ func New(o Options) (*Manager, error) {
 		return nil, err
 	}
 	m := &Manager{
-		layout: o.Layout, instance: o.Instance, limits: o.Limits, store: o.Store, host: o.Host, programs: o.Programs,
+		layout: o.Layout, instance: o.Instance, limits: o.Limits, store: o.Store, host: o.Host, ability: o.Ability, programs: o.Programs,
 		images: o.Images, checker: o.Checker, log: o.Logger,
 		agentTimeout: o.AgentTimeout, hook: o.Hook, bootID: bootID,
 		slots:        opstate.NewSlots(),

@@ -8,6 +8,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -145,6 +147,10 @@ func (m *Manager) preflightBootFiles(ctx context.Context, v *machine) error {
 		return api.Errorf(api.Refused, "kernel %s is not complete: %w", v.kernel.Name, err).
 			WithHint("banger kernel pull %s", v.kernel.Name)
 	}
+	if m.ability.Vsock && !hasModule(v.kernel, vsockModule) {
+		return api.Errorf(api.Refused, "kernel %s is an earlier release's and has no vsock, over which %s reaches the guest", v.kernel.Name, m.host.VMM.Name()).
+			WithHint("banger kernel pull %s", v.kernel.Name)
+	}
 	if err := m.preflightRoom(ctx, v); err != nil || m.programs.Unpack == nil {
 		return err
 	}
@@ -190,7 +196,7 @@ func (m *Manager) writeInitrd(v *machine, k config.KernelDir) error {
 		return err
 	}
 	var modules []string
-	for _, name := range v.kernel.Modules {
+	for _, name := range m.bootModules(v.kernel) {
 		modules = append(modules, filepath.Join(k.Modules(), name))
 	}
 	err = initrd.Write(f, m.programs.Guest, modules, m.guestConfig(v))
@@ -205,15 +211,35 @@ func (m *Manager) guestConfig(v *machine) wire.Config {
 		Root:          wire.Root{Serial: rootSerial, FSType: "ext4"},
 		KernelModules: modulesSerial,
 		Network:       m.guestNetwork(v),
+		Vsock:         m.ability.Vsock,
 		WallClock:     time.Now().UnixNano(),
 	}
-	for _, name := range v.kernel.Modules {
+	for _, name := range m.bootModules(v.kernel) {
 		cfg.Modules = append(cfg.Modules, filepath.Base(name))
+	}
+	if m.ability.NoSerials {
+		for _, d := range m.spec(v).Disks {
+			cfg.DiskOrder = append(cfg.DiskOrder, d.Serial)
+		}
 	}
 	if v.image.OwnUser && v.rec.User.Name != "" {
 		cfg.User = &wire.User{Name: v.rec.User.Name, UID: v.rec.User.UID, GID: v.rec.User.GID}
 	}
 	return cfg
+}
+
+// vsockModule is the last of the modules that a guest with vsock needs.
+const vsockModule = "vmw_vsock_virtio_transport"
+
+// bootModules are the modules that the initramfs brings: those of vsock only where they
+// are used, for each costs time.
+func (m *Manager) bootModules(k store.Kernel) []string {
+	if m.ability.Vsock {
+		return k.Modules
+	}
+	return slices.DeleteFunc(slices.Clone(k.Modules), func(file string) bool {
+		return strings.Contains(moduleName(file), "vsock")
+	})
 }
 
 func (m *Manager) releaseBootFiles(ctx context.Context, v *machine) error {

@@ -127,17 +127,22 @@ func (m *Manager) missingCard(v store.VM, kernels []store.Kernel) string {
 		return ""
 	}
 	for _, k := range kernels {
-		has := func(module string) bool {
-			return slices.ContainsFunc(k.Modules, func(file string) bool {
-				name, _, _ := strings.Cut(path.Base(file), ".ko")
-				return strings.ReplaceAll(name, "-", "_") == module
-			})
-		}
-		if k.Name == v.Kernel && has("virtio_blk") && !has("virtio_net") {
+		if k.Name == v.Kernel && hasModule(k, "virtio_blk") && !hasModule(k, "virtio_net") {
 			return fmt.Sprintf("it has no network: kernel %s is an earlier release's; banger kernel pull %s, then start the VM again", k.Name, k.Name)
 		}
 	}
 	return ""
+}
+
+// hasModule tells whether the initramfs of a kernel brings a module.
+func hasModule(k store.Kernel, module string) bool {
+	return slices.ContainsFunc(k.Modules, func(file string) bool { return moduleName(file) == module })
+}
+
+// moduleName makes "virtio_blk" of "kernel/drivers/block/virtio-blk.ko.zst".
+func moduleName(file string) string {
+	name, _, _ := strings.Cut(path.Base(file), ".ko")
+	return strings.ReplaceAll(name, "-", "_")
 }
 
 func (m *Manager) handleText(id string) map[string]string {

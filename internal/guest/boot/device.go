@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -61,7 +62,7 @@ func (u *uevents) wait(limit time.Duration, found func() (bool, error)) error {
 // waitDisk returns the device of the virtio disk with the serial.
 func (g *guest) waitDisk(serial string) (device string, err error) {
 	err = g.uevents.wait(deviceWait, func() (bool, error) {
-		name, err := diskBySerial("/sys/block", serial)
+		name, err := diskName(g.cfg, "/sys/block", serial)
 		if name == "" || err != nil {
 			return false, err
 		}
@@ -93,7 +94,24 @@ func diskBySerial(sys, serial string) (string, error) {
 	return "", nil
 }
 
+// diskName finds the disk with the serial below sys: by its place where the configuration
+// names one.
+func diskName(cfg wire.Config, sys, serial string) (string, error) {
+	place := slices.Index(cfg.DiskOrder, serial)
+	if place < 0 {
+		return diskBySerial(sys, serial)
+	}
+	name := "vd" + string(rune('a'+place))
+	if _, err := os.Stat(filepath.Join(sys, name)); err != nil {
+		return "", nil
+	}
+	return name, nil
+}
+
 func (g *guest) findPort() error {
+	if g.cfg.Vsock {
+		return nil
+	}
 	err := g.uevents.wait(deviceWait, func() (bool, error) {
 		name := portByName("/sys/class/virtio-ports", wire.PortName)
 		g.port = "/dev/" + name

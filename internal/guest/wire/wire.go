@@ -27,6 +27,9 @@ const (
 	StdinWindow = 512 << 10
 	// PortName is the name of the virtio-serial port of the agent.
 	PortName = "banger.agent"
+	// VsockPort is where the agent listens in a guest whose channel is vsock. Ports below
+	// 1024 are for root alone (vsock(7)), so nobody else in the guest can sit there.
+	VsockPort = 1021
 	// ConfigPath is where the cpio appended to the initramfs puts Config, as JSON.
 	ConfigPath = "/banger/config.json"
 	// ModulesDir is where the initramfs keeps the modules that Config.Modules names.
@@ -58,6 +61,12 @@ type Config struct {
 	KernelModules string `json:"kernel_modules,omitempty"`
 	// Network is nil for a guest with its loopback only.
 	Network *Network `json:"network,omitempty"`
+	// Vsock: the agent listens on VsockPort and takes connections of the host alone, one
+	// for each stream. Otherwise it serves the virtio-serial port PortName.
+	Vsock bool `json:"vsock,omitempty"`
+	// DiskOrder are the serials of the disks in the order of their attachment, vda first,
+	// where the VMM gives the disks no serials that the guest can read.
+	DiskOrder []string `json:"disk_order,omitempty"`
 	// WallClock is the host's time at the start of the boot, nanoseconds since 1970.
 	WallClock int64 `json:"wall_clock"`
 }

@@ -1,0 +1,158 @@
+// Package fcproc runs guests in Firecracker, in the jail that its jailer makes: a chroot,
+// a uid of the VM's own, Firecracker's seccomp filters. It needs root and a KVM that runs
+// stock kernels.
+//
+//	Confine  vms/ID/run/jail/firecracker/ID/root, a tree like vms/ID itself: what the
+//	         guest boots from by hard links, a block device by a node of its own
+//	Command  jailer, which makes /dev in the tree, gives up its rights and becomes
+//	         Firecracker; the shim has put it into the VM's control group before
+//	Boot     the calls of the API, of which the last starts the guest
+//	Free     removes the tree: the jailer leaves it, and Firecracker its sockets
+//
+// All paths that either is given are relative, so copies of one VM can run side by side.
+// What both say goes to standard output, with the guest's console, which the shim bounds.
+package fcproc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+
+	"banger/internal/daemon/driver"
+	"banger/internal/daemon/hostcmd"
+	"banger/internal/daemon/kvm"
+)
+
+// Tested is the version that banger is tested with and installs.
+const Tested = "1.12.1"
+
+// The programs' names. The jailer demands that the first has "firecracker" in it.
+const (
+	firecracker = "firecracker"
+	jailer      = "jailer"
+)
+
+// VMM is a driver.VMM. Make it with New.
+type VMM struct {
+	dirs []string
+
+	mu     sync.Mutex
+	probed *setup
+}
+
+// setup is what Probe found.
+type setup struct {
+	Firecracker, Jailer string // absolute paths
+	Version             string
+}
+
+// New makes the driver. The two programs are looked for together in each of dirs, and
+// then in PATH. It does nothing before Probe.
+func New(dirs ...string) *VMM { return &VMM{dirs: dirs} }
+
+// Name is "firecracker".
+func (v *VMM) Name() string { return "firecracker" }
+
+// Probe looks for the two programs, root's rights and KVM. The error says what is missing.
+func (v *VMM) Probe(ctx context.Context) (driver.Ability, error) {
+	s, err := v.probe(ctx)
+	if err != nil {
+		return driver.Ability{}, err
+	}
+	v.mu.Lock()
+	v.probed = &s
+	v.mu.Unlock()
+	a := driver.Ability{Accelerator: "kvm", Vsock: true, NoSerials: true}
+	if s.Version != Tested {
+		a.Reason = "Firecracker " + s.Version + " is untested: banger is tested with " + Tested
+	}
+	return a, nil
+}
+
+func (v *VMM) probe(ctx context.Context) (setup, error) {
+	if os.Geteuid() != 0 {
+		return setup{}, errors.New("the jail of Firecracker needs root")
+	}
+	if why := kvm.Look(false).Missing(); why != "" {
+		return setup{}, fmt.Errorf("firecracker needs KVM: %s", why)
+	}
+	s, err := v.find()
+	if err != nil {
+		return setup{}, err
+	}
+	if s.Version, err = version(ctx, s.Firecracker, "Firecracker"); err != nil {
+		return setup{}, err
+	}
+	ofJailer, err := version(ctx, s.Jailer, "Jailer")
+	if err != nil {
+		return setup{}, err
+	}
+	if ofJailer != s.Version {
+		return setup{}, fmt.Errorf("%s is of version %s and %s of %s", s.Firecracker, s.Version, s.Jailer, ofJailer)
+	}
+	return s, nil
+}
+
+// find looks for both programs in one place: they are a pair.
+func (v *VMM) find() (setup, error) {
+	for _, dir := range v.dirs {
+		s := setup{Firecracker: filepath.Join(dir, firecracker), Jailer: filepath.Join(dir, jailer)}
+		_, err := os.Stat(s.Firecracker)
+		_, jerr := os.Stat(s.Jailer)
+		switch {
+		case err == nil && jerr == nil:
+			return s, nil
+		case (err == nil) != (jerr == nil):
+			return setup{}, fmt.Errorf("%s has one of %s and %s: both are needed", dir, firecracker, jailer)
+		}
+	}
+	var s setup
+	for name, path := range map[string]*string{firecracker: &s.Firecracker, jailer: &s.Jailer} {
+		found, err := hostcmd.LookPath(name)
+		if err == nil {
+			found, err = filepath.Abs(found)
+		}
+		if err != nil {
+			return setup{}, fmt.Errorf("%s is not installed on this machine", name)
+		}
+		*path = found
+	}
+	return s, nil
+}
+
+var versionLine = regexp.MustCompile(`^(\S+) v(\d+\.\d+\.\d+\S*)$`)
+
+// version runs a program for its version. The first line is like "Firecracker v1.12.1".
+func version(ctx context.Context, program, name string) (string, error) {
+	out, err := hostcmd.Run(ctx, hostcmd.Command{Argv: []string{program, "--version"}})
+	if err != nil {
+		return "", fmt.Errorf("cannot ask %s for its version: %w", program, err)
+	}
+	first, _, _ := strings.Cut(string(out), "\n")
+	m := versionLine.FindStringSubmatch(strings.TrimSpace(first))
+	if m == nil || m[1] != name {
+		return "", fmt.Errorf("%s is no %s: it says %.60q", program, name, first)
+	}
+	return m[2], nil
+}
+
+var errNotProbed = errors.New("the VMM was not probed")
+
+// Command makes the jailer's command line. An error says what of the spec it cannot do.
+func (v *VMM) Command(spec driver.Spec) (driver.Command, error) {
+	v.mu.Lock()
+	s := v.probed
+	v.mu.Unlock()
+	if s == nil {
+		return driver.Command{}, errNotProbed
+	}
+	if err := validate(spec); err != nil {
+		return driver.Command{}, fmt.Errorf("cannot run this VM in Firecracker: %w", err)
+	}
+	return driver.Command{Argv: argv(spec, *s), Env: []string{"LC_ALL=C.UTF-8"}}, nil
+}
