@@ -46,12 +46,24 @@ func playVMM(mib, note string) {
 	if os.WriteFile(note, nil, 0o600) != nil || syscall.Setgid(nobody) != nil || syscall.Setuid(nobody) != nil {
 		os.Exit(9)
 	}
+	dropDescriptors()
+	pause()
+	os.Exit(int(memory[0]))
+}
+
+// dropDescriptors leaves those of the Go runtime.
+func dropDescriptors() {
 	for fd := range 100 {
-		_ = syscall.Close(fd)
+		if target, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(fd)); err == nil && !strings.HasPrefix(target, "anon_inode:") {
+			_ = syscall.Close(fd)
+		}
 	}
+}
+
+// pause waits for ever, unseen by the runtime, which would call it a deadlock.
+func pause() {
 	for {
-		time.Sleep(time.Hour)
-		memory[0]++
+		_, _ = syscall.Select(0, nil, nil, nil, nil)
 	}
 }
 
@@ -61,7 +73,7 @@ func playDaemon(instance, vm, dir string) {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
-	select {}
+	pause()
 }
 
 func launch(ctx context.Context, m *Manager, vm, dir string, mib int, l driver.Limits) (shim.Supervised, error) {
@@ -129,10 +141,14 @@ func (h host) launch(id string, mib int, l driver.Limits) machine {
 func (v machine) awaitTouched() {
 	v.Helper()
 	v.eventually("the VMM has its memory and has dropped its rights", func() bool {
-		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", v.who.VMM.PID))
-		fds, _ := os.ReadDir(fmt.Sprintf("/proc/%d/fd", v.who.VMM.PID))
-		return err == nil && strings.Contains(string(status), "\nUid:\t65534\t65534") && len(fds) == 0
+		proc := fmt.Sprintf("/proc/%d", v.who.VMM.PID)
+		status, err := os.ReadFile(proc + "/status")
+		_, gone := os.Readlink(proc + "/fd/1")
+		return err == nil && strings.Contains(string(status), "\nUid:\t65534\t65534") && gone != nil
 	})
+	if threads(v.who.VMM.PID) == 0 {
+		v.Fatal("the VMM ended by itself")
+	}
 }
 
 func (v machine) held() bool {
