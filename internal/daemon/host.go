@@ -2,12 +2,16 @@ package daemon
 
 import (
 	"context"
+	"os"
 
 	"banger/api"
 	bangerv1 "banger/api/banger/v1"
 	"banger/internal/config"
+	"banger/internal/daemon/cgroup"
 	"banger/internal/daemon/check"
+	"banger/internal/daemon/dmsnap"
 	"banger/internal/daemon/driver"
+	"banger/internal/daemon/fcproc"
 	"banger/internal/daemon/hostcmd"
 	"banger/internal/daemon/imagemgr"
 	"banger/internal/daemon/qemuproc"
@@ -20,6 +24,9 @@ func (d *Daemon) wireHost(ctx context.Context, o options) (driver.Host, driver.A
 		ability, err := o.host.VMM.Probe(ctx)
 		return *o.host, ability, err
 	}
+	if d.system {
+		return d.wireSystem(ctx)
+	}
 	vmm := qemuproc.New(d.config.KVM)
 	ability, err := vmm.Probe(ctx)
 	if err != nil {
@@ -29,13 +36,52 @@ func (d *Daemon) wireHost(ctx context.Context, o options) (driver.Host, driver.A
 	if err != nil {
 		return driver.Host{}, ability, api.Errorf(api.NotReady, "%w", err).WithHint("banger doctor")
 	}
-	for _, r := range choice.Passed {
-		d.log.Info("a cheaper way to make disks does not work here", "driver", r.Driver, "why", r.Why)
-	}
+	d.notePassed(choice)
 	return driver.Host{
 		VMM: vmm, Disk: choice.Disk,
 		OtherDisks: []driver.Disk{rootdisk.NewReflink(), rootdisk.NewQCOW2(), rootdisk.NewCopy()},
 	}, ability, nil
+}
+
+// wireSystem is wireHost for the system's daemon: Firecracker in a jail.
+func (d *Daemon) wireSystem(ctx context.Context) (driver.Host, driver.Ability, error) {
+	vmm := fcproc.New(firecrackerDirs(d.layout)...)
+	ability, err := vmm.Probe(ctx)
+	if err != nil {
+		return driver.Host{}, ability, api.Errorf(api.NotReady, "%w", err).WithHint("%s", fcproc.Remedy(err))
+	}
+	groups := cgroup.New(d.instance)
+	if err := groups.Probe(ctx); err != nil {
+		return driver.Host{}, ability, api.Errorf(api.NotReady, "%w", err).WithHint("banger doctor")
+	}
+	snapshot := dmsnap.New(d.instance)
+	candidates := rootdisk.RawOnly(rootdisk.Candidate{Disk: snapshot, Probe: snapshot.Probe})
+	choice, err := rootdisk.Choose(ctx, d.layout.Root, d.config.DiskDriver, candidates)
+	if err != nil {
+		return driver.Host{}, ability, api.Errorf(api.NotReady, "%w", err).WithHint("banger doctor")
+	}
+	d.notePassed(choice)
+	return driver.Host{
+		VMM: vmm, Disk: choice.Disk, Groups: groups,
+		OtherDisks:  []driver.Disk{rootdisk.NewReflink(), snapshot, rootdisk.NewCopy()},
+		Inventories: append(dmsnap.Inventories(d.instance, d.layout.Root), groups.Inventory()),
+	}, ability, nil
+}
+
+// firecrackerDirs are the places where firecracker and jailer may be, the first that has
+// them first.
+func firecrackerDirs(l config.Layout) []string {
+	dirs := []string{l.Firecracker(fcproc.Tested)}
+	if named := os.Getenv("BANGER_FIRECRACKER_DIR"); named != "" {
+		dirs = append([]string{named}, dirs...)
+	}
+	return dirs
+}
+
+func (d *Daemon) notePassed(choice rootdisk.Choice) {
+	for _, r := range choice.Passed {
+		d.log.Info("a cheaper way to make disks does not work here", "driver", r.Driver, "why", r.Why)
+	}
 }
 
 // Doctor looks at this machine without a daemon: it works when none can start.

@@ -118,11 +118,25 @@ func (v *VMM) find() (setup, error) {
 			found, err = filepath.Abs(found)
 		}
 		if err != nil {
-			return setup{}, fmt.Errorf("%s is not installed on this machine", name)
+			return setup{}, fmt.Errorf("%s %w", name, errMissing)
 		}
 		*path = found
 	}
 	return s, nil
+}
+
+// errMissing is a program that is not there.
+var errMissing = errors.New("is not installed on this machine")
+
+// Remedy is a command that may help after an error of Probe.
+func Remedy(err error) string {
+	switch facts := kvm.Look(false); {
+	case errors.Is(err, errMissing):
+		return "banger setup firecracker"
+	case facts.Missing() != "" && facts.Remedy() != "":
+		return facts.Remedy()
+	}
+	return "banger doctor"
 }
 
 var versionLine = regexp.MustCompile(`^(\S+) v(\d+\.\d+\.\d+\S*)$`)
