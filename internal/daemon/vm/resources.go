@@ -270,7 +270,15 @@ func (m *Manager) acquireProcess(ctx context.Context, v *machine) error {
 	if err != nil {
 		return err
 	}
-	started, err := shim.Launch(ctx, v.dir.Path(), m.programs.Shim, shim.Config{Argv: cmd.Argv, Env: cmd.Env, Network: m.networkProcess()}, nil)
+	cfg := shim.Config{Argv: cmd.Argv, Env: cmd.Env, Network: m.networkProcess()}
+	var place shim.Place
+	if groups := m.host.Groups; groups != nil {
+		cfg.Group = groups.Group(v.rec.ID)
+		place = func(ctx context.Context, pid int) error {
+			return groups.Place(ctx, v.rec.ID, pid, driver.Limits{Memory: v.rec.Memory, CPUs: v.rec.CPUs})
+		}
+	}
+	started, err := shim.Launch(ctx, v.dir.Path(), m.programs.Shim, cfg, place)
 	if err != nil {
 		err = fmt.Errorf("cannot start %s: %w", m.host.VMM.Name(), err)
 		if refused := new(shim.StartError); errors.As(err, &refused) {
