@@ -10,6 +10,7 @@ import (
 	"net"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"unicode"
 )
 
@@ -22,7 +23,12 @@ type Stream struct {
 
 	sendMu sync.Mutex
 	out    []byte
+	ended  atomic.Bool // a frame that is Last was sent
 }
+
+// A Finisher is a connection that must not be closed on what the peer has not read.
+// Finish unblocks Read and Write like Close, and leaves the closing to the peer.
+type Finisher interface{ Finish() error }
 
 // NewStream makes a stream of conn, which it owns from then on.
 func NewStream(conn net.Conn) *Stream {
@@ -40,6 +46,9 @@ func (s *Stream) Send(kind Kind, payload []byte) error {
 	s.out = binary.BigEndian.AppendUint32(s.out, uint32(len(payload)))
 	s.out = append(s.out, payload...)
 	_, err := s.conn.Write(s.out)
+	if err == nil && kind.Last() {
+		s.ended.Store(true)
+	}
 	return err
 }
 
@@ -62,8 +71,14 @@ func (s *Stream) Recv() (Kind, []byte, error) {
 	return kind, payload, err
 }
 
-// Close closes the connection, which unblocks Send and Recv.
-func (s *Stream) Close() error { return s.conn.Close() }
+// Close closes the connection, which unblocks Send and Recv. After a frame that is Last
+// a Finisher is left to the peer to close.
+func (s *Stream) Close() error {
+	if f, ok := s.conn.(Finisher); ok && s.ended.Load() {
+		return f.Finish()
+	}
+	return s.conn.Close()
+}
 
 // CloseOn closes the stream when ctx ends, until stop is called.
 func (s *Stream) CloseOn(ctx context.Context) (stop func() bool) {
