@@ -120,6 +120,7 @@ func (g *guest) run() (err error) {
 		}
 	}
 	usable := []func() error{
+		catchKeys,
 		g.setClock,
 		loopbackUp,
 		g.networkUp,
@@ -132,7 +133,11 @@ func (g *guest) run() (err error) {
 			warn(err)
 		}
 	}
-	g.init = findInit()
+	if g.init = findInit(); g.init != "" {
+		if err := keysPowerOff(); err != nil {
+			warn(err)
+		}
+	}
 	fatal = []func() error{
 		g.mountKernelModules,
 		g.findPort,

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"banger/internal/guest/wire"
 )
 
 func TestDiskBySerial(t *testing.T) {
@@ -23,6 +25,33 @@ func TestDiskBySerial(t *testing.T) {
 	}
 	if got, err := diskBySerial(sys, ""); err == nil {
 		t.Errorf("no serial found %q", got)
+	}
+}
+
+// Where disks bear no serials they go by virtio's numbers, not by their letters, and none
+// is named before all have come.
+func TestDiskName(t *testing.T) {
+	cfg := wire.Config{DiskOrder: []string{"root", "modules"}}
+	sys := testImage(t, map[string]string{
+		"vda/device": "->../../virtio10", "vda/serial": "root", "vdb/device": "->../../virtio9", "sda/device": "->../../virtio1",
+		"vdc/serial": "extra",
+	})
+	for serial, want := range map[string]string{"root": "vdb", "modules": "vda", "extra": "vdc", "none": ""} {
+		if got, err := diskName(cfg, sys, serial); got != want || err != nil {
+			t.Errorf("diskName(%q) = %q, %v, want %q", serial, got, err, want)
+		}
+	}
+	if got, err := diskName(wire.Config{}, sys, "root"); got != "vda" || err != nil {
+		t.Errorf("by its serial: %q, %v", got, err)
+	}
+	for name, files := range map[string]map[string]string{
+		"nothing":                {},
+		"one":                    {"vda/device": "->../../virtio0"},
+		"another kind of device": {"vda/device": "->../../virtio0", "vdb/device": "->../../0:0:0:0"},
+	} {
+		if got, err := diskName(cfg, testImage(t, files), "root"); got != "" || err != nil {
+			t.Errorf("%s: %q, %v", name, got, err)
+		}
 	}
 }
 
@@ -128,7 +157,7 @@ func TestCorrectClock(t *testing.T) {
 func TestVerbOf(t *testing.T) {
 	for sig, want := range map[syscall.Signal]string{
 		38: "poweroff", 39: "reboot", 37: "halt", syscall.SIGUSR2: "poweroff", syscall.SIGTERM: "reboot", syscall.SIGUSR1: "halt",
-		syscall.SIGHUP: "", syscall.SIGINT: "", syscall.SIGCHLD: "", 40: "",
+		syscall.SIGINT: "poweroff", syscall.SIGHUP: "", syscall.SIGCHLD: "", 40: "",
 	} {
 		if got := verbOf(sig); got != want {
 			t.Errorf("verbOf(%d) = %q, want %q", sig, got, want)

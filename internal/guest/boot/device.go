@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -94,18 +95,42 @@ func diskBySerial(sys, serial string) (string, error) {
 	return "", nil
 }
 
-// diskName finds the disk with the serial below sys: by its place where the configuration
-// names one.
+// diskName finds the disk with the serial below sys, which is /sys/block: by its place
+// where the configuration names one.
 func diskName(cfg wire.Config, sys, serial string) (string, error) {
 	place := slices.Index(cfg.DiskOrder, serial)
 	if place < 0 {
 		return diskBySerial(sys, serial)
 	}
-	name := "vd" + string(rune('a'+place))
-	if _, err := os.Stat(filepath.Join(sys, name)); err != nil {
-		return "", nil
+	disks := disksInOrder(sys)
+	if len(disks) < len(cfg.DiskOrder) {
+		return "", nil // one that is yet to come may belong before
 	}
-	return name, nil
+	return disks[place], nil
+}
+
+// disksInOrder lists the virtio disks in the order in which the VMM announces them, which
+// is that of their attachment: virtio numbers its devices as they are found. The letters
+// go by when a disk was ready.
+func disksInOrder(sys string) []string {
+	links, _ := filepath.Glob(filepath.Join(sys, "vd*", "device"))
+	number := map[string]int{}
+	var names []string
+	for _, link := range links {
+		device, err := os.Readlink(link)
+		if err != nil {
+			continue
+		}
+		n, err := strconv.Atoi(strings.TrimPrefix(filepath.Base(device), "virtio"))
+		if err != nil {
+			continue
+		}
+		name := filepath.Base(filepath.Dir(link))
+		number[name] = n
+		names = append(names, name)
+	}
+	slices.SortFunc(names, func(a, b string) int { return number[a] - number[b] })
+	return names
 }
 
 func (g *guest) findPort() error {

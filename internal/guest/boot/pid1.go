@@ -39,11 +39,11 @@ func (g *guest) stay() error {
 	}
 }
 
-// verbOf is what a signal to PID 1 asks for: systemd's signals, and those of
-// busybox's poweroff, reboot and halt.
+// verbOf is what a signal to PID 1 asks for: systemd's signals, those of busybox's
+// poweroff, reboot and halt, and the kernel's for Ctrl-Alt-Del, see catchKeys.
 func verbOf(sig os.Signal) string {
 	switch sig {
-	case signalPoweroff, syscall.SIGUSR2:
+	case signalPoweroff, syscall.SIGUSR2, syscall.SIGINT:
 		return "poweroff"
 	case signalReboot, syscall.SIGTERM:
 		return "reboot"

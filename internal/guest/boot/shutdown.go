@@ -1,6 +1,7 @@
 package boot
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -17,6 +18,9 @@ const (
 	shutdownProgram = "/run/initramfs/shutdown"
 	oldRoot         = "/oldroot"
 )
+
+// unitDir is where systemd looks for units of this boot.
+const unitDir = "/run/systemd/system"
 
 // prepareShutdown puts this program where systemd looks for it. The directories
 // are those that systemd would otherwise have to make.
@@ -50,14 +54,42 @@ func prepareShutdown() error {
 // the disk: nobody can type there, its prompt would disturb the intent, and without
 // udev in the image systemd waits for the console's device for 90 s.
 func maskGetty() error {
-	const dir = "/run/systemd/system"
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+	if err := os.MkdirAll(unitDir, 0o755); err != nil {
 		return fmt.Errorf("cannot mask the console's login: %w", err)
 	}
-	if err := os.Symlink("/dev/null", filepath.Join(dir, "serial-getty@.service")); err != nil {
+	if err := os.Symlink("/dev/null", filepath.Join(unitDir, "serial-getty@.service")); err != nil {
 		return fmt.Errorf("cannot mask the console's login: %w", err)
 	}
 	return nil
+}
+
+// catchKeys makes the kernel send Ctrl-Alt-Del to PID 1, as systemd has it too: its own
+// answer is a restart on the spot. Where a VMM has no power button, these keys are what it
+// has to stop a guest with, and nobody else can press them; so here they mean poweroff.
+func catchKeys() error {
+	if err := unix.Reboot(unix.LINUX_REBOOT_CMD_CAD_OFF); err != nil {
+		return fmt.Errorf("cannot catch Ctrl-Alt-Del: %w", err)
+	}
+	return nil
+}
+
+// keysPowerOff makes systemd power off on Ctrl-Alt-Del, where it would reboot, unless the
+// image's owner has said what it does, in /etc.
+func keysPowerOff() error {
+	for _, dir := range []string{"/usr/lib/systemd/system", "/lib/systemd/system"} {
+		target := filepath.Join(dir, "poweroff.target")
+		if _, err := os.Stat(target); err != nil {
+			continue
+		}
+		if err := os.MkdirAll(unitDir, 0o755); err != nil {
+			return fmt.Errorf("cannot set what Ctrl-Alt-Del does: %w", err)
+		}
+		if err := os.Symlink(target, filepath.Join(unitDir, "ctrl-alt-del.target")); err != nil {
+			return fmt.Errorf("cannot set what Ctrl-Alt-Del does: %w", err)
+		}
+		return nil
+	}
+	return errors.New("cannot set what Ctrl-Alt-Del does: systemd has no poweroff.target")
 }
 
 // shutdownMain is PID 1 after systemd's.
