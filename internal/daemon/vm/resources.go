@@ -147,14 +147,23 @@ func (m *Manager) preflightBootFiles(ctx context.Context, v *machine) error {
 		return api.Errorf(api.Refused, "kernel %s is not complete: %w", v.kernel.Name, err).
 			WithHint("banger kernel pull %s", v.kernel.Name)
 	}
-	if m.ability.Vsock && !hasModule(v.kernel, vsockModule) {
-		return api.Errorf(api.Refused, "kernel %s is an earlier release's and has no vsock, over which %s reaches the guest", v.kernel.Name, m.host.VMM.Name()).
-			WithHint("banger kernel pull %s", v.kernel.Name)
+	if err := m.missingChannel(v.kernel); err != nil {
+		return err
 	}
 	if err := m.preflightRoom(ctx, v); err != nil || m.programs.Unpack == nil {
 		return err
 	}
 	return m.programs.Unpack()
+}
+
+// missingChannel says of a kernel that an earlier release pulled that its guests cannot be
+// reached here.
+func (m *Manager) missingChannel(k store.Kernel) error {
+	if !m.ability.Vsock || hasModule(k, vsockModule) {
+		return nil
+	}
+	return api.Errorf(api.Refused, "kernel %s is an earlier release's and has no vsock, over which %s reaches the guest", k.Name, m.host.VMM.Name()).
+		WithHint("banger kernel pull %s", k.Name)
 }
 
 // minRoom is twice what a first boot writes to the state directory, in bytes: 4 MiB of
@@ -231,14 +240,15 @@ func (m *Manager) guestConfig(v *machine) wire.Config {
 // vsockModule is the last of the modules that a guest with vsock needs.
 const vsockModule = "vmw_vsock_virtio_transport"
 
-// bootModules are the modules that the initramfs brings: those of vsock only where they
-// are used, for each costs time.
+// serialModule drives the virtio-serial port.
+const serialModule = "virtio_console"
+
+// bootModules are the modules that the initramfs brings: those of the one channel that is
+// used, for each costs time.
 func (m *Manager) bootModules(k store.Kernel) []string {
-	if m.ability.Vsock {
-		return k.Modules
-	}
 	return slices.DeleteFunc(slices.Clone(k.Modules), func(file string) bool {
-		return strings.Contains(moduleName(file), "vsock")
+		name := moduleName(file)
+		return m.ability.Vsock && name == serialModule || !m.ability.Vsock && strings.Contains(name, "vsock")
 	})
 }
 
