@@ -110,7 +110,7 @@ A VM is named by its name, its id, or a prefix of either that fits only one.`,
 	grouped(groupVMs, a.runCommand(), a.createCommand(), a.psCommand(), a.startCommand(), a.stopCommand(), a.rmCommand(), a.showCommand(), a.setCommand())
 	grouped(groupInside, a.execCommand(), a.logsCommand(), a.portCommand(), a.forwardCommand())
 	grouped(groupImages, a.imageCommand(), a.kernelCommand())
-	grouped(groupMachine, a.doctorCommand(), a.daemonCommand(), a.opCommand(), a.versionCommand())
+	grouped(groupMachine, a.doctorCommand(), a.setupCommand(), a.daemonCommand(), a.opCommand(), a.versionCommand())
 
 	vm := a.parent("vm", "the commands on VMs, under one name",
 		a.runCommand(), a.createCommand(), a.psCommand(), a.startCommand(), a.stopCommand(), a.rmCommand(), a.showCommand(), a.setCommand(),

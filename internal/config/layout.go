@@ -129,7 +129,7 @@ func (l Layout) checkOurs() error {
 		return nil // it is not there yet, or ownDir says what is wrong with it
 	}
 	var ours []string
-	for _, path := range []string{l.Socket(), l.DaemonLock(), l.DB(), l.SystemFile(), l.Log(), l.Cache(), l.Kernels(), l.Images(), l.VMs(), l.Lost(), l.Programs(), filepath.Dir(l.Firecracker("any"))} {
+	for _, path := range []string{l.Socket(), l.DaemonLock(), l.DB(), l.SystemFile(), l.Log(), l.Cache(), l.Kernels(), l.Images(), l.VMs(), l.Lost(), l.Programs(), l.Firecracker()} {
 		ours = append(ours, filepath.Base(path))
 	}
 	for _, e := range entries {

@@ -49,9 +49,9 @@ func (l Layout) Programs() string { return l.at("programs") }
 // Program is the directory of the programs with a hash.
 func (l Layout) Program(hash string) string { return l.at("programs", hash) }
 
-// Firecracker holds the programs of one of its versions, put there by banger setup
-// firecracker. It stays.
-func (l Layout) Firecracker(version string) string { return l.at("firecracker", version) }
+// Firecracker holds firecracker and jailer, put there by banger setup firecracker. It
+// stays.
+func (l Layout) Firecracker() string { return l.at("firecracker") }
 
 // ImageDir is the directory of one image, written whole by package image (made in
 // the cache, renamed into place) and removed with its record.

@@ -71,7 +71,7 @@ func (d *Daemon) wireSystem(ctx context.Context) (driver.Host, driver.Ability, e
 // firecrackerDirs are the places where firecracker and jailer may be, the first that has
 // them first.
 func firecrackerDirs(l config.Layout) []string {
-	dirs := []string{l.Firecracker(fcproc.Tested)}
+	dirs := []string{l.Firecracker()}
 	if named := os.Getenv("BANGER_FIRECRACKER_DIR"); named != "" {
 		dirs = append([]string{named}, dirs...)
 	}
