@@ -85,10 +85,10 @@ func (v *VMM) probe(ctx context.Context) (setup, error) {
 	if err != nil {
 		return setup{}, err
 	}
-	if s.Version, err = version(ctx, s.Firecracker, "Firecracker"); err != nil {
+	if s.Version, err = versionOf(ctx, s.Firecracker, "Firecracker"); err != nil {
 		return setup{}, err
 	}
-	ofJailer, err := version(ctx, s.Jailer, "Jailer")
+	ofJailer, err := versionOf(ctx, s.Jailer, "Jailer")
 	if err != nil {
 		return setup{}, err
 	}
@@ -141,8 +141,8 @@ func Remedy(err error) string {
 
 var versionLine = regexp.MustCompile(`^(\S+) v(\d+\.\d+\.\d+\S*)$`)
 
-// version runs a program for its version. The first line is like "Firecracker v1.12.1".
-func version(ctx context.Context, program, name string) (string, error) {
+// versionOf runs a program for its version. The first line is like "Firecracker v1.12.1".
+func versionOf(ctx context.Context, program, name string) (string, error) {
 	out, err := hostcmd.Run(ctx, hostcmd.Command{Argv: []string{program, "--version"}})
 	if err != nil {
 		return "", fmt.Errorf("cannot ask %s for its version: %w", program, err)

@@ -244,7 +244,7 @@ func inspect(ctx context.Context, dir string) (string, error) {
 	}
 	var versions []string
 	for _, p := range []struct{ file, name string }{{firecracker, "Firecracker"}, {jailer, "Jailer"}} {
-		v, err := version(ctx, filepath.Join(dir, p.file), p.name)
+		v, err := versionOf(ctx, filepath.Join(dir, p.file), p.name)
 		if err != nil {
 			return "", api.Errorf(api.Invalid, "%w", err)
 		}
