@@ -43,7 +43,7 @@ func (m machine) argv() []string {
 		" selinux=0 apparmor=0 random.trust_cpu=on tsc=reliable no_timer_check panic=-1 systemd.show_status=0"
 	argv := []string{
 		"qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-		"-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "EPYC,+svm,+npt", "-smp", "2", "-m", strconv.Itoa(m.memory),
+		"-M", "q35,sata=off,smbus=off,i8042=off,vmport=off", "-accel", "tcg,thread=multi", "-cpu", "EPYC,+svm,+npt", "-smp", "2", "-m", strconv.Itoa(m.memory),
 		"-kernel", m.image.file("vmlinuz"), "-initrd", m.image.file("initrd"), "-append", kernel,
 		// Raw and without flushes: what was written survives the kill of QEMU in the
 		// page cache of this machine, as on a disk, and nothing else does.

@@ -6,6 +6,8 @@ set -u
 exec <>"$TESTHOST_PORT" >&0 2>&1 # the port lets itself be opened once
 [ "$TESTHOST_PORT" != /dev/hvc0 ] || stty $TESTHOST_SIZE
 
+# It takes seconds, and the copying waits for the other side most of the time.
+modprobe -a kvm_amd loop dm_snapshot tun bridge &
 share() { # NAME OPTIONS
   mkdir -p "/host/$1"
   mount -t 9p -o "trans=virtio,version=9p2000.L,msize=512000,$2" "$1" "/host/$1"
@@ -19,7 +21,7 @@ find /host/tree/bin -maxdepth 1 -type f ! -name testhost -exec cp -t /host/bin {
 # What looks for the programs in the tree finds those in memory.
 [ ! -d /host/tree/bin ] || mount --bind /host/bin /host/tree/bin
 mkdir -p -m 1777 /var/lib/tmp
-modprobe -a kvm_amd loop dm_snapshot tun bridge || echo "testhost: a module does not load" >&2
+wait $! || echo "testhost: a module does not load" >&2
 
 export HOME=/root USER=root LANG=C.UTF-8 TERM="$TESTHOST_TERM"
 export PATH=/host/bin:/host/firecracker:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
