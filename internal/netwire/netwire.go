@@ -40,10 +40,11 @@ const MTU = 65520
 // host's loopback.
 const HostName = "host.banger.internal"
 
-// Guest is the guest's address with its prefix. The addresses inside are those of QEMU's
-// own user network, which people know; each VM has a network of its own, so all have the
-// same.
-func Guest() netip.Prefix { return netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, 2, 15}), 24) }
+// Guest is the guest's address with its prefix: it has no neighbours but the gateway, which
+// refuses at once what an unanswered ARP would let time out. The addresses inside are those
+// of QEMU's own user network, which people know; each VM has a network of its own, so all
+// have the same.
+func Guest() netip.Prefix { return netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, 2, 15}), 32) }
 
 // Gateway is the router, the resolver, and HostName.
 func Gateway() netip.Addr { return netip.AddrFrom4([4]byte{10, 0, 2, 2}) }

@@ -115,11 +115,22 @@ func addAddress(index int, p netip.Prefix) netlinkMessage {
 	return netlinkMessage{unix.RTM_NEWADDR, unix.NLM_F_CREATE | unix.NLM_F_REPLACE, body}
 }
 
-// addRoute makes gateway the default route. The body is a struct rtmsg.
-func addRoute(index int, gateway netip.Addr) netlinkMessage {
-	body := []byte{family(gateway), 0, 0, 0, unix.RT_TABLE_MAIN, unix.RTPROT_BOOT, unix.RT_SCOPE_UNIVERSE, unix.RTN_UNICAST}
+// addNeighbour says that the one address is behind the interface, whatever the prefix of
+// the interface's own.
+func addNeighbour(index int, a netip.Addr) netlinkMessage {
+	return addRoute(index, netip.PrefixFrom(a, a.BitLen()), unix.RT_SCOPE_LINK, unix.RTA_DST, a)
+}
+
+// addDefault makes gateway the default route.
+func addDefault(index int, gateway netip.Addr) netlinkMessage {
+	return addRoute(index, netip.PrefixFrom(gateway, 0), unix.RT_SCOPE_UNIVERSE, unix.RTA_GATEWAY, gateway)
+}
+
+// addRoute adds a route to the prefix to, with one attribute. The body is a struct rtmsg.
+func addRoute(index int, to netip.Prefix, scope byte, kind uint16, value netip.Addr) netlinkMessage {
+	body := []byte{family(to.Addr()), byte(to.Bits()), 0, 0, unix.RT_TABLE_MAIN, unix.RTPROT_BOOT, scope, unix.RTN_UNICAST}
 	body = append(body, native32(0)...) // flags
-	body = attribute(body, unix.RTA_GATEWAY, gateway.AsSlice())
+	body = attribute(body, kind, value.AsSlice())
 	body = attribute(body, unix.RTA_OIF, native32(uint32(index)))
 	return netlinkMessage{unix.RTM_NEWROUTE, unix.NLM_F_CREATE | unix.NLM_F_REPLACE, body}
 }

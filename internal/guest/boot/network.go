@@ -113,7 +113,8 @@ func hasModule(files []string, name string) bool {
 	})
 }
 
-// configureCard gives the interface its MTU, its address and the default route.
+// configureCard gives the interface its MTU, its address, and the routes to the gateway and
+// by it. The gateway need not be in the address's own network, which may be that one address.
 func configureCard(index int, n wire.Network) error {
 	address, err := netip.ParsePrefix(n.Address)
 	if err != nil {
@@ -134,7 +135,8 @@ func configureCard(index int, n wire.Network) error {
 	}{
 		{"set the card up", linkUp(index, n.MTU)},
 		{"give the card the address " + n.Address, addAddress(index, address)},
-		{"set the route to " + n.Gateway, addRoute(index, gateway)},
+		{"set the route to " + n.Gateway, addNeighbour(index, gateway)},
+		{"set the default route by " + n.Gateway, addDefault(index, gateway)},
 	} {
 		if err := nl.do(step.msg); err != nil {
 			return fmt.Errorf("cannot %s: %w", step.what, err)

@@ -47,7 +47,7 @@ func TestKernelWithoutCard(t *testing.T) {
 // exampleNetwork is what the daemon sends.
 func exampleNetwork() wire.Network {
 	return wire.Network{
-		MAC: "02:ba:6e:00:00:02", Address: "10.0.2.15/24", Gateway: "10.0.2.2", DNS: []string{"10.0.2.2"}, MTU: 65520,
+		MAC: "02:ba:6e:00:00:02", Address: "10.0.2.15/32", Gateway: "10.0.2.2", DNS: []string{"10.0.2.2"}, MTU: 65520,
 		HostName: "host.banger.internal",
 	}
 }
@@ -106,7 +106,7 @@ func testConfigureCard(t *testing.T) {
 		return
 	}
 	addresses, err := card.Addrs()
-	isOurs := func(a net.Addr) bool { return a.String() == "10.0.2.15/24" }
+	isOurs := func(a net.Addr) bool { return a.String() == "10.0.2.15/32" }
 	if err != nil || !slices.ContainsFunc(addresses, isOurs) {
 		t.Errorf("its addresses are %v, %v", addresses, err)
 	}
@@ -114,15 +114,20 @@ func testConfigureCard(t *testing.T) {
 	if err != nil {
 		t.Error(err)
 	}
-	found := 0
+	var found []string
 	for line := range strings.Lines(string(routes)) {
-		// Interface, destination, gateway, flags (RTF_UP | RTF_GATEWAY), see proc_pid_net(5).
-		if f := strings.Fields(line); len(f) > 3 && f[0] == "card0" && f[1] == "00000000" && f[2] == "0202000A" && f[3] == "0003" {
-			found++
+		// Destination, gateway, flags, mask, see proc_pid_net(5).
+		if f := strings.Fields(line); len(f) > 7 && f[0] == "card0" {
+			found = append(found, strings.Join([]string{f[1], f[2], f[3], f[7]}, " "))
 		}
 	}
-	if found != 1 {
-		t.Errorf("%d default routes to the gateway in\n%s", found, routes)
+	slices.Sort(found)
+	want := []string{
+		"00000000 0202000A 0003 00000000", // all by the gateway: RTF_UP, RTF_GATEWAY
+		"0202000A 00000000 0005 FFFFFFFF", // and the gateway on the link: RTF_UP, RTF_HOST
+	}
+	if !slices.Equal(found, want) {
+		t.Errorf("the routes are %q in\n%s", found, routes)
 	}
 }
 

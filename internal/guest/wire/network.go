@@ -9,7 +9,7 @@ import (
 // Network is the guest's network card and what to make of it.
 type Network struct {
 	MAC     string   `json:"mac"`           // how the guest finds the card
-	Address string   `json:"address"`       // with its prefix, "10.0.2.15/24"
+	Address string   `json:"address"`       // with its prefix, "10.0.2.15/32"
 	Gateway string   `json:"gateway"`       // "10.0.2.2"
 	DNS     []string `json:"dns,omitempty"` // addresses of resolvers
 	MTU     int      `json:"mtu,omitempty"` // in bytes; 0 leaves the card's own
