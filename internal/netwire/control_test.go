@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -70,6 +71,27 @@ func TestAsk(t *testing.T) {
 				t.Errorf("got %v, away %v", err, errors.Is(err, ErrAway))
 			}
 		})
+	}
+}
+
+// What stands where the VM's directory should be is an error at once, a FIFO too.
+func TestAskNoDirectory(t *testing.T) {
+	fifo := filepath.Join(t.TempDir(), "fifo")
+	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() {
+		_, err := Ask(t.Context(), fifo, Request{Op: OpStats})
+		ended <- err
+	}()
+	select {
+	case err := <-ended:
+		if !errors.Is(err, syscall.ENOTDIR) || errors.Is(err, ErrAway) {
+			t.Errorf("got %v", err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("Ask hangs")
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/hashicorp/yamux"
@@ -247,7 +248,8 @@ func (s *Serial) adopt(a *attempt, sess *yamux.Session) {
 // descriptor of dir, so that no path is too long (sun_path has 108 bytes) as long as
 // name itself is short.
 func DialUnix(ctx context.Context, dir, name string) (net.Conn, error) {
-	d, err := os.OpenFile(dir, os.O_RDONLY, 0)
+	// A FIFO in its place would be waited for, and no context ends an open.
+	d, err := os.OpenFile(dir, os.O_RDONLY|syscall.O_DIRECTORY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
 	}

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -218,5 +219,31 @@ func TestDialUnixLongPath(t *testing.T) {
 	c.Close()
 	if _, err := DialUnix(t.Context(), dir, "run/none"); !errors.Is(err, os.ErrNotExist) {
 		t.Fatalf("got %v", err)
+	}
+}
+
+// What stands where a directory should be is an error at once, a FIFO too.
+func TestDialUnixNoDirectory(t *testing.T) {
+	dir := t.TempDir()
+	if err := syscall.Mkfifo(filepath.Join(dir, "fifo"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "file"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"fifo", "file"} {
+		ended := make(chan error, 1)
+		go func() {
+			_, err := DialUnix(t.Context(), filepath.Join(dir, name), "agent.sock")
+			ended <- err
+		}()
+		select {
+		case err := <-ended:
+			if !errors.Is(err, syscall.ENOTDIR) {
+				t.Errorf("%s: %v", name, err)
+			}
+		case <-time.After(10 * time.Second):
+			t.Errorf("%s: DialUnix hangs", name)
+		}
 	}
 }
