@@ -21,8 +21,10 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
+	"github.com/coreos/go-systemd/v22/dbus"
 	"golang.org/x/sys/unix"
 
 	"banger/internal/daemon/driver"
@@ -39,8 +41,15 @@ const (
 // controllers are those that the limits need.
 func controllers() []string { return []string{"cpu", "memory", "pids"} }
 
-// Manager makes the groups of one instance. It is a driver.Groups and has no state.
-type Manager struct{ instance string }
+// Manager makes the groups of one instance. It is a driver.Groups, and has no state but
+// a connection to systemd.
+type Manager struct {
+	instance string
+
+	mu   sync.Mutex
+	conn *dbus.Conn // nil before the first use
+	end  context.CancelFunc
+}
 
 // New makes a Manager for the instance of that id.
 func New(instance string) *Manager { return &Manager{instance: instance} }

@@ -256,31 +256,44 @@ func TestOutOfMemory(t *testing.T) {
 	}
 }
 
-// How long systemd takes, for the record.
-func TestPlaceTakes(t *testing.T) {
+// One after the other, alone and beside another VM, with the times for the record.
+func TestManyInARow(t *testing.T) {
 	h := newHost(t)
+	h.manyInARow("alone")
+	other := h.launch("00ff", 1, driver.Limits{Memory: 1 << 30, CPUs: 1})
+	h.manyInARow("beside another")
+	if !other.held() || read(t, filepath.Join(h.m.Group(other.id), "memory.max")) != "1409286144" {
+		t.Error("the other VM was touched")
+	}
+}
+
+func (h host) manyInARow(how string) {
+	h.Helper()
 	var place, remove []time.Duration
-	for i := range 20 {
+	for i := range 10 {
 		sleep := exec.Command("sleep", "1000")
 		if err := sleep.Start(); err != nil {
-			t.Fatal(err)
+			h.Fatal(err)
 		}
 		vm := fmt.Sprintf("%04x", i)
 		begun := time.Now()
-		if err := h.m.Place(t.Context(), vm, sleep.Process.Pid, driver.Limits{Memory: 1 << 30, CPUs: 2}); err != nil {
-			t.Error(err)
+		if err := h.m.Place(h.Context(), vm, sleep.Process.Pid, driver.Limits{Memory: 1 << 30, CPUs: 2}); err != nil {
+			h.Error(err)
 		}
 		place = append(place, time.Since(begun))
 		begun = time.Now()
-		if err := h.m.Remove(t.Context(), vm); err != nil {
-			t.Error(err)
+		if err := h.m.Remove(h.Context(), vm); err != nil {
+			h.Error(err)
 		}
 		remove = append(remove, time.Since(begun))
+		if threads(sleep.Process.Pid) > 0 {
+			h.Error("removed, and runs")
+		}
 		_ = sleep.Process.Kill()
 		_ = sleep.Wait()
 	}
 	slices.Sort(place)
 	slices.Sort(remove)
 	n := len(place)
-	t.Logf("n %d: place %v (%v to %v), remove %v (%v to %v)", n, place[n/2], place[n/4], place[3*n/4], remove[n/2], remove[n/4], remove[3*n/4])
+	h.Logf("%s, n %d: place %v (%v to %v), remove %v (%v to %v)", how, n, place[n/2], place[n/4], place[3*n/4], remove[n/2], remove[n/4], remove[3*n/4])
 }

@@ -34,7 +34,7 @@ func (i inventory) List(ctx context.Context) ([]driver.Object, error) {
 	for _, e := range entries {
 		names = append(names, e.Name())
 	}
-	err = talk(ctx, func(ctx context.Context, conn *dbus.Conn) error {
+	err = i.m.talk(ctx, func(ctx context.Context, conn *dbus.Conn) error {
 		units, err := conn.ListUnitsByPatternsContext(ctx, nil, []string{i.m.unit("*")})
 		for _, u := range units {
 			names = append(names, u.Name)
