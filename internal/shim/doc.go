@@ -3,16 +3,18 @@
 // which a daemon starts it and reads what it left (Launch, Held, Processes,
 // ReadExit). They share nothing but files below the VM's directory, an OFD lock
 // and, during the start, a pipe. To ask whether a VM runs, ask Held and nothing
-// else: no pid and no file says it.
+// else: no pid and no file says it. A VM is tied to its shim in one of two ways: by the
+// lock and a signal, where the daemon is a user's, or, with Config.Group, by a PID
+// namespace and a control group, where it is root and the VMM is jailed.
 //
 // # The lock
 //
 // run/lock carries an OFD lock (fcntl(2), F_OFD_SETLK): it belongs to an open file
 // description, not to a process, so it is inherited by fork and exec and is free
 // when the last descriptor is closed. Launch takes it, the shim inherits it as
-// descriptor 3, and the VMM inherits it from the shim, also as descriptor 3 and
-// without close-on-exec. The daemon closes its own descriptor and never unlocks:
-// an unlock would free it for all. Whoever asks uses F_OFD_GETLK, which takes
+// descriptor 3, and the VMM, unless it has a group, inherits it from the shim, also as
+// descriptor 3 and without close-on-exec. The daemon closes its own descriptor and never
+// unlocks: an unlock would free it for all. Whoever asks uses F_OFD_GETLK, which takes
 // nothing; a probe that locks would make others see a free lock as held.
 //
 // # Order
@@ -21,12 +23,15 @@
 //	        2  remove run/processes.json and log/exit.json of the run before
 //	        3  write run/shim.json (temp file, rename)
 //	        4  fork and exec banger-shim: own session, cwd DIR, /dev/null as 0 1 2,
-//	           the lock as 3, the report pipe as 4, nothing else
+//	           the lock as 3, the report pipe as 4, nothing else; with a group: own PID
+//	           namespace, the pipe that it waits on as 5
+//	       (4a with a group: place the shim, which makes the group; write a byte to it)
 //	        5  close the lock, read the report and then run/processes.json
-//	shim    6  lock its thread, close what it should not have, check that 3 is the lock
+//	shim    6  lock its thread, check that 3 is the lock, close what it should not have
+//	       (6a with a group: read the byte; at the end of the pipe, end)
 //	        7  write run/processes.json with itself alone
 //	        8  open the program of the network, fork and exec it as below, without the lock
-//	        9  fork and exec the VMM with Pdeathsig SIGKILL
+//	        9  fork and exec the VMM with Pdeathsig SIGKILL; with a group: into it
 //	       10  write run/processes.json with both too; if it cannot, kill both
 //	       11  report, close the pipe
 //	       12  wait for the VMM, drain all output, restart the network when it ends
@@ -53,6 +58,25 @@
 // killing the shim always kills the VM and its network. To be rid of a VM, kill the VMM, so that the
 // shim can tell of its end, and the shim only if the lock is not free soon.
 //
+// # The namespace and the group
+//
+// A jailer drops Pdeathsig with its credentials and closes what it was given, so neither
+// the signal nor the lock follows such a VMM. With a group the shim is the first process
+// of a PID namespace instead: the kernel kills all in it when the shim ends, however it
+// ends, and gives it the orphans to reap. /proc stays the host's, so all pids in files
+// are the host's; those that the shim signals and waits for are its namespace's.
+//
+// The kernel frees the descriptors of the first process, and with them the lock, before
+// it kills the others, and a large VMM needs a while to give its memory back. So a VM is
+// gone when the lock is free and the scope, the group above Config.Group, says
+// "populated 0": Held asks both, and Launch refuses before. A group that is not there is
+// empty. The shim is in the scope too, in another leaf, where the limits of the VMM's
+// do not end it: it alone sees whether the kernel ended the VMM for want of memory,
+// because the groups go away with the last process.
+//
+// Until the shim is placed it has started nothing: a daemon that dies at 4a leaves a shim
+// that reads the end of the pipe, says so in exit.json, and ends.
+//
 // # The network
 //
 // A VM may have a second process, banger-net (Config.Network). It has no part in
@@ -68,8 +92,10 @@
 //	the VM runs on               shim               shim: output is         shim: it is the release
 //	                                                drained and dropped     that started the VM
 //	held ⇔ the VM runs           kernel             kernel                  kernel: one lock file,
-//	                                                                        one kind of lock
-//	no VM without supervisor     kernel (Pdeathsig) the VM does not start   kernel
+//	                                                                        one kind of lock; the
+//	                                                                        group is in shim.json
+//	no VM without supervisor     kernel (Pdeathsig, the VM does not start   kernel
+//	                             or namespace)
 //	its processes can be named   processes.json     written before the      fields are only added,
 //	                                                start is reported       Version says the least
 //	its end is known             exit.json          not kept: the daemon    as above

@@ -29,6 +29,10 @@ const (
 	settled = 10 * time.Second
 )
 
+// goodbye is how long banger-net may take to write what its log still holds: some
+// milliseconds, unless the disk is busy. The VM's end waits for it.
+const goodbye = 200 * time.Millisecond
+
 // pauses is the next pause; zero after a life that was long enough.
 type pauses time.Duration
 
@@ -127,8 +131,15 @@ func (n *network) stop() {
 	}
 	n.stopped = true
 	if n.child.ended != nil {
-		n.children.signal(n.child, syscall.SIGKILL)
-		<-n.child.ended
+		n.children.signal(n.child, syscall.SIGTERM)
+		late := time.NewTimer(goodbye)
+		defer late.Stop()
+		select {
+		case <-n.child.ended:
+		case <-(chan time.Time)(nil):
+			n.children.signal(n.child, syscall.SIGKILL)
+			<-n.child.ended
+		}
 	}
 	_ = syscall.Close(n.errs)
 }

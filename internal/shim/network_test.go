@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -29,9 +30,19 @@ func playNetwork(what string) int {
 		return 9
 	}
 	file.Close()
-	if what == "crash" {
+	switch what {
+	case "crash":
 		os.Stderr.WriteString("net: oops\n")
 		return 1
+	case "write": // at SIGTERM, and then it ends
+		c := make(chan os.Signal, 1)
+		signal.Notify(c, syscall.SIGTERM)
+		if os.WriteFile("net-ready", nil, 0o600) != nil {
+			return 9
+		}
+		<-c
+		os.Stderr.WriteString("net: goodbye\n")
+		return 0
 	}
 	hear("net-heard")
 	return 0
@@ -251,6 +262,27 @@ func TestNetworkEndsWithTheVMM(t *testing.T) {
 			t.Errorf("the network is in state %q", state(net.PID))
 		}
 	})
+}
+
+// The network may write what it still holds, and whoever sees the end of the VM sees that.
+// One that does not end by itself is killed: the other tests have such.
+func TestNetworkSaysGoodbye(t *testing.T) {
+	dir := t.TempDir()
+	s := launchVM(t, dir, withNetwork(t, sleeper(), "write"))
+	awaitNetwork(t, dir, 0)
+	eventually(t, "the network listens", func() bool {
+		_, err := os.Stat(filepath.Join(dir, "net-ready"))
+		return err == nil
+	})
+	kill(t, s.VMM.PID, syscall.SIGKILL)
+	awaitDone(t, s)
+	data, err := os.ReadFile(filepath.Join(dir, networkStderrFile))
+	if err != nil || string(data) != "net: goodbye\n" {
+		t.Errorf("network.stderr has %q, %v", data, err)
+	}
+	if all := starts(t, dir); len(all) != 1 {
+		t.Errorf("the network was started %d times", len(all))
+	}
 }
 
 func TestNetworkHearsNoSignals(t *testing.T) {
