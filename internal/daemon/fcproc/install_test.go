@@ -14,14 +14,21 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"banger/api"
+	"banger/internal/guest/wire"
 )
 
 // The test binary, with a version appended, plays both programs.
 const versionMark = "\nversion of the fake: "
 
 func TestMain(m *testing.M) {
+	if _, err := os.Stat(wire.ConfigPath); err == nil && os.Getpid() == 1 {
+		for { // the init of TestConformance's guest
+			time.Sleep(time.Hour)
+		}
+	}
 	if len(os.Args) == 2 && os.Args[1] == "--version" {
 		self, err := os.ReadFile(os.Args[0])
 		if err != nil {

@@ -132,7 +132,10 @@ func jailDir(dir string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if len(entries) != 1 {
+	if len(entries) == 0 {
+		return "", &fs.PathError{Op: "find the jail below", Path: dir, Err: fs.ErrNotExist}
+	}
+	if len(entries) > 1 {
 		return "", fmt.Errorf("%d jails below %s", len(entries), dir)
 	}
 	return filepath.Join(dir, root(entries[0].Name())), nil
