@@ -29,6 +29,9 @@ func run(ctx context.Context, dir string, heap uint64) error {
 	}
 	log := newLog(dir)
 	defer log.close()
+	// Who ends this process does not wait for long, and closing connections may take it.
+	stop := context.AfterFunc(ctx, log.close)
+	defer stop()
 	g := newGate(log)
 	own := newOwnAddresses(g.judgeAgain)
 	defer own.close()

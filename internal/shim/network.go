@@ -136,7 +136,7 @@ func (n *network) stop() {
 		defer late.Stop()
 		select {
 		case <-n.child.ended:
-		case <-(chan time.Time)(nil):
+		case <-late.C:
 			n.children.signal(n.child, syscall.SIGKILL)
 			<-n.child.ended
 		}
