@@ -2,16 +2,12 @@ package daemon
 
 import (
 	"context"
-	"os"
 
 	"banger/api"
 	bangerv1 "banger/api/banger/v1"
 	"banger/internal/config"
-	"banger/internal/daemon/cgroup"
 	"banger/internal/daemon/check"
-	"banger/internal/daemon/dmsnap"
 	"banger/internal/daemon/driver"
-	"banger/internal/daemon/fcproc"
 	"banger/internal/daemon/hostcmd"
 	"banger/internal/daemon/imagemgr"
 	"banger/internal/daemon/qemuproc"
@@ -41,41 +37,6 @@ func (d *Daemon) wireHost(ctx context.Context, o options) (driver.Host, driver.A
 		VMM: vmm, Disk: choice.Disk,
 		OtherDisks: []driver.Disk{rootdisk.NewReflink(), rootdisk.NewQCOW2(), rootdisk.NewCopy()},
 	}, ability, nil
-}
-
-// wireSystem is wireHost for the system's daemon: Firecracker in a jail.
-func (d *Daemon) wireSystem(ctx context.Context) (driver.Host, driver.Ability, error) {
-	vmm := fcproc.New(firecrackerDirs(d.layout)...)
-	ability, err := vmm.Probe(ctx)
-	if err != nil {
-		return driver.Host{}, ability, api.Errorf(api.NotReady, "%w", err).WithHint("%s", fcproc.Remedy(err))
-	}
-	groups := cgroup.New(d.instance)
-	if err := groups.Probe(ctx); err != nil {
-		return driver.Host{}, ability, api.Errorf(api.NotReady, "%w", err).WithHint("banger doctor")
-	}
-	snapshot := dmsnap.New(d.instance)
-	candidates := rootdisk.RawOnly(rootdisk.Candidate{Disk: snapshot, Probe: snapshot.Probe})
-	choice, err := rootdisk.Choose(ctx, d.layout.Root, d.config.DiskDriver, candidates)
-	if err != nil {
-		return driver.Host{}, ability, api.Errorf(api.NotReady, "%w", err).WithHint("banger doctor")
-	}
-	d.notePassed(choice)
-	return driver.Host{
-		VMM: vmm, Disk: choice.Disk, Groups: groups,
-		OtherDisks:  []driver.Disk{rootdisk.NewReflink(), snapshot, rootdisk.NewCopy()},
-		Inventories: append(dmsnap.Inventories(d.instance, d.layout.Root), groups.Inventory()),
-	}, ability, nil
-}
-
-// firecrackerDirs are the places where firecracker and jailer may be, the first that has
-// them first.
-func firecrackerDirs(l config.Layout) []string {
-	dirs := []string{l.Firecracker()}
-	if named := os.Getenv("BANGER_FIRECRACKER_DIR"); named != "" {
-		dirs = append([]string{named}, dirs...)
-	}
-	return dirs
 }
 
 func (d *Daemon) notePassed(choice rootdisk.Choice) {
@@ -111,8 +72,7 @@ func hostChecks(o options) []check.Check {
 			return check.Found(check.OK, "new VMs get %d cpus, %s of memory, image %s", c.CPUs, config.FormatSize(c.Memory), c.Image)
 		},
 	}}
-	checks = append(checks, qemuproc.Checks(c.KVM)...)
-	checks = append(checks, check.Check{
+	git := check.Check{
 		Name: "git", Purpose: "repositories in VMs: up, diff, apply",
 		Probe: func(context.Context) check.Finding {
 			path, err := hostcmd.LookPath("git")
@@ -121,7 +81,12 @@ func hostChecks(o options) []check.Check {
 			}
 			return check.Found(check.OK, "%s", path)
 		},
-	})
+	}
+	if layout != nil && layout.IsSystem() {
+		checks = append(append(checks, git), systemChecks(*layout, c)...)
+		return append(checks, imagemgr.Checks(layout.Root)...)
+	}
+	checks = append(append(checks, qemuproc.Checks(c.KVM)...), git)
 	if layout != nil {
 		checks = append(checks, rootdisk.Checks(layout.Root, c.DiskDriver, rootdisk.UserMode())...)
 		checks = append(checks, imagemgr.Checks(layout.Root)...)

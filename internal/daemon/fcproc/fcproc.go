@@ -23,6 +23,7 @@ import (
 	"strings"
 	"sync"
 
+	"banger/internal/daemon/check"
 	"banger/internal/daemon/driver"
 	"banger/internal/daemon/hostcmd"
 	"banger/internal/daemon/kvm"
@@ -81,6 +82,11 @@ func (v *VMM) probe(ctx context.Context) (setup, error) {
 	if why := kvm.Look(false).Missing(); why != "" {
 		return setup{}, fmt.Errorf("firecracker needs KVM: %s", why)
 	}
+	return v.programs(ctx)
+}
+
+// programs finds both and asks them for their version.
+func (v *VMM) programs(ctx context.Context) (setup, error) {
 	s, err := v.find()
 	if err != nil {
 		return setup{}, err
@@ -96,6 +102,35 @@ func (v *VMM) probe(ctx context.Context) (setup, error) {
 		return setup{}, fmt.Errorf("%s is of version %s and %s of %s", s.Firecracker, s.Version, s.Jailer, ofJailer)
 	}
 	return s, nil
+}
+
+// Checks asks for KVM and for the two programs.
+func (v *VMM) Checks() []check.Check {
+	return []check.Check{
+		{
+			Name: "kvm", Purpose: "guests in Firecracker",
+			Probe: func(context.Context) check.Finding {
+				facts := kvm.Look(false)
+				if why := facts.Missing(); why != "" {
+					return check.Found(check.Fail, "%s", why).WithFix("%s", facts.Remedy())
+				}
+				return check.Found(check.OK, "%s works", kvm.Device)
+			},
+		},
+		{
+			Name: firecracker, Purpose: "runs the guests, in its jail", Fix: "sudo banger setup firecracker",
+			Probe: func(ctx context.Context) check.Finding {
+				s, err := v.programs(ctx)
+				switch {
+				case err != nil:
+					return check.Found(check.Fail, "%v", err)
+				case s.Version != Tested:
+					return check.Found(check.Warn, "%s %s is untested: banger is tested with %s", s.Firecracker, s.Version, Tested)
+				}
+				return check.Found(check.OK, "%s %s", s.Firecracker, s.Version)
+			},
+		},
+	}
 }
 
 // find looks for both programs in one place: they are a pair.
