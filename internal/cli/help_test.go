@@ -82,6 +82,7 @@ func TestFlags(t *testing.T) {
 		"banger exec":              "env/e interactive/i tty/t user/u workdir/w",
 		"banger apply":             "branch check",
 		"banger stop":              "timeout",
+		"banger setup firecracker": "from undo",
 		"banger set":               "allow deny forget network publish/p unpublish",
 		"banger ps":                "wide",
 		"banger logs":              "follow/f network tail",
