@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
 	"net/netip"
 	"os"
@@ -21,6 +20,7 @@ import (
 	"banger/api"
 	bangerv1 "banger/api/banger/v1"
 	"banger/internal/guest/wire"
+	"banger/internal/netwire"
 	"banger/internal/shim"
 )
 
@@ -215,19 +215,28 @@ func (f *forward) listen() (net.Listener, error) {
 	if !errors.As(err, &errno) {
 		return nil, fmt.Errorf("cannot forward %s: %w", f.spec.local, err)
 	}
-	switch {
-	case errno == syscall.EADDRINUSE && network == "unix":
+	if network != "unix" {
+		port := netwire.Publication{Protocol: "tcp", Host: netip.MustParseAddrPort(f.spec.local)}
+		return nil, api.Errorf(portCode(errno), "cannot forward: %s", port.Refused(errno)).WithHint("%s", free)
+	}
+	switch errno {
+	case syscall.EADDRINUSE:
 		return nil, api.Errorf(api.Busy, "cannot forward %s: there is such a file already", f.spec.local).WithHint("ls -l %s", shellWord(f.spec.local))
-	case errno == syscall.EADDRINUSE:
-		return nil, api.Errorf(api.Busy, "cannot forward %s: another program has it", f.spec.local).WithHint("%s", free)
-	case errno == syscall.EACCES && network != "unix":
-		return nil, api.Errorf(api.Refused, "cannot forward %s: a port below 1024 needs rights", f.spec.local).WithHint("%s", free)
-	case errno == syscall.EADDRNOTAVAIL:
-		return nil, api.Errorf(api.Invalid, "cannot forward %s: the host has no such address", f.spec.local).WithHint("%s", free)
-	case errors.Is(errno, fs.ErrNotExist):
+	case syscall.ENOENT:
 		return nil, api.Errorf(api.NotFound, "cannot forward %s: there is no such directory", f.spec.local)
 	}
 	return nil, fmt.Errorf("cannot forward %s: %w", f.spec.local, errno)
+}
+
+// portCode is the code of what the host says when it does not give a port.
+func portCode(errno syscall.Errno) api.Code {
+	switch errno {
+	case syscall.EADDRINUSE:
+		return api.Busy
+	case syscall.EADDRNOTAVAIL:
+		return api.Invalid
+	}
+	return api.Refused
 }
 
 // serve takes connections until ctx or the VM ends, and returns when all are closed.

@@ -392,12 +392,12 @@ func TestForwardCannot(t *testing.T) {
 		code int
 		says string
 	}{
-		{"shop " + busy + ":5432", 5, "banger: cannot forward " + busy + ": another program has it\nhint: banger forward shop 0:5432\n"},
-		{"-d shop " + busy + ":5432", 5, "banger: cannot forward " + busy + ": another program has it\nhint: banger forward -d shop 0:5432\n"},
+		{"shop " + busy + ":5432", 5, "banger: cannot forward: port " + busy + " is in use\nhint: banger forward shop 0:5432\n"},
+		{"-d shop " + busy + ":5432", 5, "banger: cannot forward: port " + busy + " is in use\nhint: banger forward -d shop 0:5432\n"},
 		{"shop " + file + ":5432", 5, "cannot forward " + file + ": there is such a file already\nhint: ls -l "},
 		{"shop /does/not/exist/s:5432", 3, "cannot forward /does/not/exist/s: there is no such directory"},
 		{"shop " + long + ":5432", 2, "the path of a socket has at most 107 bytes"},
-		{"shop 203.0.113.1:0:5432", 2, "the host has no such address\nhint: banger forward shop 0:5432\n"},
+		{"shop 203.0.113.1:0:5432", 2, "banger: cannot forward: 203.0.113.1 is no address of this host\nhint: banger forward shop 0:5432\n"},
 		{"nope 0:5432", 3, "no VM named nope"},
 		{"box 0:5432", 5, "banger: box does not run: it is stopped\nhint: banger start box\n"},
 		{"-d box 0:5432", 5, "banger: box does not run: it is stopped\nhint: banger start box\n"},

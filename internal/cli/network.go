@@ -60,8 +60,12 @@ func (v *publishValue) Set(s string) error {
 		return err
 	}
 	for _, other := range *v {
-		if o, err := netwire.ParsePublication(other); err == nil && o.Host == p.Host && o.Protocol == p.Protocol && o != p {
-			return fmt.Errorf("%s/%s cannot lead to both %d and %d", p.Host, p.Protocol, o.Guest, p.Guest)
+		o, err := netwire.ParsePublication(other)
+		if err == nil {
+			err = p.Clash(o)
+		}
+		if err != nil {
+			return err
 		}
 	}
 	if full := p.String(); !slices.Contains(*v, full) {
@@ -77,13 +81,8 @@ func (v *unpublishValue) Type() string   { return "[ADDR:]PORT[/udp]" }
 func (v *unpublishValue) String() string { return strings.Join(*v, ", ") }
 
 func (v *unpublishValue) Set(s string) error {
-	host, protocol, slash := strings.Cut(s, "/")
-	full := host + ":1" // any port of a guest makes a publication of it
-	if slash {
-		full += "/" + protocol
-	}
-	if _, err := netwire.ParsePublication(full); err != nil {
-		return fmt.Errorf("cannot read %q: %w", s, errors.Unwrap(err))
+	if _, err := netwire.ParseHostSide(s); err != nil {
+		return err
 	}
 	*v = append(*v, s)
 	return nil

@@ -61,7 +61,7 @@ func TestNetworkUsage(t *testing.T) {
 		{[]string{"create", "--deny", "http://a.test"}, 2, "column 1: "},
 		{[]string{"create", "-p", "80:0"}, 2, "banger: --publish: cannot publish \"80:0\": \"0\" is no port: it is 1 to 65535\nhint: banger create --help\n"},
 		{[]string{"create", "-p", "80:80/sctp"}, 2, "the protocol is tcp or udp"},
-		{[]string{"create", "-p", "80:80", "-p", "80:81"}, 2, "127.0.0.1:80/tcp cannot lead to both 80 and 81"},
+		{[]string{"create", "-p", "80:80", "-p", "80:81"}, 2, "the host's port 127.0.0.1:80/tcp cannot lead to 81: it is in use by 127.0.0.1:80:80/tcp"},
 		{[]string{"set"}, 2, "VM is missing"},
 		{[]string{"set", "shop"}, 2, "banger: nothing to set: give a flag\nhint: banger set --help\n"},
 		{[]string{"set", "shop", "box", "--network", "lan"}, 2, `"box" is one argument too many`},

@@ -3,7 +3,6 @@ package netstack
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net"
 	"net/netip"
 	"slices"
@@ -84,24 +83,7 @@ func (e *busyError) Unwrap() error { return e.err }
 // busy says whether another has the port, rather than that nobody could have it.
 func (e *busyError) busy() bool { return errors.Is(e.err, syscall.EADDRINUSE) }
 
-func (e *busyError) Error() string {
-	port := "port " + e.Publication.Host.String()
-	if e.Publication.Protocol == "udp" {
-		port = "UDP " + port
-	}
-	var errno syscall.Errno
-	switch {
-	case e.busy():
-		return port + " is in use"
-	case errors.Is(e.err, syscall.EACCES):
-		return port + " needs the rights of root"
-	case errors.Is(e.err, syscall.EADDRNOTAVAIL):
-		return fmt.Sprintf("cannot open %s: the host has no such address", port)
-	case errors.As(e.err, &errno):
-		return fmt.Sprintf("cannot open %s: %v", port, errno)
-	}
-	return fmt.Sprintf("cannot open %s: %v", port, e.err)
-}
+func (e *busyError) Error() string { return e.Publication.Refused(e.err) }
 
 // newPublisher publishes nothing yet.
 func newPublisher(dial func(context.Context, string, uint16) (net.Conn, error), splice func(host, guest net.Conn)) *publisher {
@@ -173,6 +155,19 @@ func (p *publisher) problem() string {
 	}
 	slices.Sort(problems)
 	return strings.Join(problems, "; ")
+}
+
+// busy are the publications among them whose ports another process has.
+func (p *publisher) busy() (busy []string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, e := range p.failing {
+		if e.busy() {
+			busy = append(busy, e.Publication.String())
+		}
+	}
+	slices.Sort(busy)
+	return busy
 }
 
 // connections is how many are open: TCP connections and UDP flows.

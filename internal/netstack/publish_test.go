@@ -286,7 +286,7 @@ func TestPublishBusyPortChangesNothing(t *testing.T) {
 	if !errors.As(err, &busy) || busy.Publication != taken || !busy.busy() || err.Error() != "port "+taken.Host.String()+" is in use" {
 		t.Fatalf("the error is %v", err)
 	}
-	if p.problem() != "" {
+	if p.problem() != "" || len(p.busy()) > 0 {
 		t.Errorf("a refused set is a problem: %s", p.problem())
 	}
 	wantClosed(t, second.Host)
@@ -304,10 +304,10 @@ func TestPublishBusyPortChangesNothing(t *testing.T) {
 func TestPublishErrorsInWords(t *testing.T) {
 	pub := publication("udp", 53, 53)
 	for errno, want := range map[syscall.Errno]string{
-		syscall.EADDRINUSE:    "UDP port 127.0.0.1:53 is in use",
-		syscall.EACCES:        "UDP port 127.0.0.1:53 needs the rights of root",
-		syscall.EADDRNOTAVAIL: "cannot open UDP port 127.0.0.1:53: the host has no such address",
-		syscall.EMFILE:        "cannot open UDP port 127.0.0.1:53: too many open files",
+		syscall.EADDRINUSE:    "port 127.0.0.1:53/udp is in use",
+		syscall.EACCES:        "port 127.0.0.1:53/udp: permission denied: ports below 1024 need rights",
+		syscall.EADDRNOTAVAIL: "127.0.0.1 is no address of this host",
+		syscall.EMFILE:        "port 127.0.0.1:53/udp: too many open files",
 	} {
 		e := &busyError{pub, &net.OpError{Op: "listen", Err: os.NewSyscallError("bind", errno)}}
 		if e.Error() != want {
@@ -390,8 +390,8 @@ func TestPublishStartRetries(t *testing.T) {
 	p.start([]netwire.Publication{taken, free})
 	wantGreeting(t, free.Host, "one")
 	problem := "port " + taken.Host.String() + " is in use by another program"
-	if p.problem() != problem {
-		t.Errorf("the problem is %q", p.problem())
+	if busy := p.busy(); p.problem() != problem || len(busy) != 1 || busy[0] != taken.String() {
+		t.Errorf("the problem is %q, busy are %q", p.problem(), busy)
 	}
 	// A change of something else neither fails for it nor gives it up.
 	more := publication("tcp", hostPort(t), guest)

@@ -151,6 +151,6 @@ func (s *service) stats() *netwire.Stats {
 		Refused:     s.gate.log.refused(),
 		Connections: s.gate.count("tcp") + s.gate.count("udp") + s.publisher.connections(),
 		Sent:        s.gate.sent.Load(), Received: s.gate.received.Load(),
-		Problem: s.publisher.problem(),
+		Problem: s.publisher.problem(), Busy: s.publisher.busy(),
 	}
 }

@@ -108,11 +108,14 @@ type Reply struct {
 
 // Stats count since banger-net started.
 type Stats struct {
-	Refused     int64  `json:"refused"`
-	Connections int    `json:"connections"` // open now: TCP connections and UDP flows
-	Sent        int64  `json:"sent"`        // bytes of payload from the guest
-	Received    int64  `json:"received"`    // bytes of payload to the guest
-	Problem     string `json:"problem,omitempty"`
+	Refused     int64 `json:"refused"`
+	Connections int   `json:"connections"` // open now: TCP connections and UDP flows
+	Sent        int64 `json:"sent"`        // bytes of payload from the guest
+	Received    int64 `json:"received"`    // bytes of payload to the guest
+	// Problem says in words which ports are not open although they should be.
+	Problem string `json:"problem,omitempty"`
+	// Busy are the publications among them whose ports another process has.
+	Busy []string `json:"busy,omitempty"`
 }
 
 // WriteConfig replaces run/net.json of the VM in dir as one step.

@@ -19,6 +19,7 @@ const inForce = "run/net.inforce"
 type network struct {
 	ports   map[string]io.Closer // by publication
 	problem string
+	busy    []string
 }
 
 func main() {
@@ -30,7 +31,7 @@ func main() {
 // run returns only with an error.
 func (n *network) run() error {
 	if r := n.reload(); r.Error != "" {
-		n.problem = r.Error
+		n.problem, n.busy = r.Error, []string{r.Busy}
 	}
 	os.Remove(netwire.ControlSocket) // of one that was killed
 	l, err := net.Listen("unix", netwire.ControlSocket)
@@ -49,7 +50,7 @@ func (n *network) run() error {
 			case netwire.OpReload:
 				reply = n.reload()
 			case netwire.OpStats:
-				reply = netwire.Reply{Stats: &netwire.Stats{Refused: 7, Connections: len(n.ports), Problem: n.problem}}
+				reply = netwire.Reply{Stats: &netwire.Stats{Refused: 7, Connections: len(n.ports), Problem: n.problem, Busy: n.busy}}
 			}
 		}
 		json.NewEncoder(conn).Encode(reply)
@@ -85,7 +86,7 @@ func (n *network) reload() netwire.Reply {
 			p.Close()
 		}
 	}
-	n.ports, n.problem = ports, ""
+	n.ports, n.problem, n.busy = ports, "", nil
 	data, err := json.Marshal(c)
 	if err == nil {
 		err = os.WriteFile(inForce, data, 0o600)

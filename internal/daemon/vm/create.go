@@ -62,7 +62,7 @@ func (m *Manager) Validate(ctx context.Context, r CreateRequest) error {
 	if err := m.checkTaken(ctx, r); err != nil || r.NoStart || m.programs.Net == "" {
 		return err
 	}
-	return tryPorts(ctx, network.Publish, createHints())
+	return m.tryPorts(ctx, "", network.Publish, createHints())
 }
 
 // checkTaken says early what reserve would say after a pull of minutes.

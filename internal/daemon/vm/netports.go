@@ -7,11 +7,13 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"banger/api"
+	"banger/internal/daemon/store"
 	"banger/internal/guest/wire"
 	"banger/internal/netwire"
 )
@@ -24,21 +26,21 @@ type portHints struct {
 
 func startHints(name string) portHints {
 	unpublish := func(p netwire.Publication) string {
-		return fmt.Sprintf("banger set %s --unpublish %s", name, hostSide(p))
+		return fmt.Sprintf("banger set %s --unpublish %s", name, p.ShortHostSide())
 	}
 	return portHints{
 		other: unpublish,
 		privileged: func(p netwire.Publication) string {
-			return unpublish(p) + " -p " + shortPublication(p, 8000+p.Host.Port())
+			return unpublish(p) + " -p " + atPort(p, 8000+p.Host.Port()).Short()
 		},
 	}
 }
 
 func createHints() portHints {
 	return portHints{
-		other: func(p netwire.Publication) string { return "banger create -p " + shortPublication(p, freePort(p)) },
+		other: func(p netwire.Publication) string { return "banger create -p " + atPort(p, freePort(p)).Short() },
 		privileged: func(p netwire.Publication) string {
-			return "banger create -p " + shortPublication(p, 8000+p.Host.Port())
+			return "banger create -p " + atPort(p, 8000+p.Host.Port()).Short()
 		},
 	}
 }
@@ -46,10 +48,10 @@ func createHints() portHints {
 func setHints(name string) portHints {
 	return portHints{
 		other: func(p netwire.Publication) string {
-			return fmt.Sprintf("banger set %s -p %s", name, shortPublication(p, freePort(p)))
+			return fmt.Sprintf("banger set %s -p %s", name, atPort(p, freePort(p)).Short())
 		},
 		privileged: func(p netwire.Publication) string {
-			return fmt.Sprintf("banger set %s -p %s", name, shortPublication(p, 8000+p.Host.Port()))
+			return fmt.Sprintf("banger set %s -p %s", name, atPort(p, 8000+p.Host.Port()).Short())
 		},
 	}
 }
@@ -61,9 +63,7 @@ func freePort(p netwire.Publication) uint16 {
 		if port > 65535 {
 			break
 		}
-		q := p
-		q.Host = netip.AddrPortFrom(p.Host.Addr(), uint16(port))
-		if l, err := bindPort(q); err == nil {
+		if l, err := bindPort(atPort(p, uint16(port))); err == nil {
 			l.Close()
 			return uint16(port)
 		}
@@ -71,28 +71,9 @@ func freePort(p netwire.Publication) uint16 {
 	return p.Host.Port()
 }
 
-// shortPublication is p at another port, without what ParsePublication adds by itself.
-func shortPublication(p netwire.Publication, port uint16) string {
-	text := fmt.Sprintf("%d:%d", port, p.Guest)
-	if p.Host.Addr() != netip.AddrFrom4([4]byte{127, 0, 0, 1}) {
-		text = fmt.Sprintf("%s:%d", netip.AddrPortFrom(p.Host.Addr(), port), p.Guest)
-	}
-	if p.Protocol != "tcp" {
-		text += "/" + p.Protocol
-	}
-	return text
-}
-
-// hostSide is p's side of the host as unpublish takes it.
-func hostSide(p netwire.Publication) string {
-	text := fmt.Sprint(p.Host.Port())
-	if p.Host.Addr() != netip.AddrFrom4([4]byte{127, 0, 0, 1}) {
-		text = p.Host.String()
-	}
-	if p.Protocol != "tcp" {
-		text += "/" + p.Protocol
-	}
-	return text
+func atPort(p netwire.Publication, port uint16) netwire.Publication {
+	p.Host = netip.AddrPortFrom(p.Host.Addr(), port)
+	return p
 }
 
 const (
@@ -102,14 +83,31 @@ const (
 	portPoll     = 20 * time.Millisecond
 )
 
-// tryPorts opens all ports that are published, and closes them again: that the host does
-// not give one is to be known before a VM starts. That banger-net gets them a moment later
-// is likely, not certain: see checkPublished.
-func tryPorts(ctx context.Context, publish []string, hints portHints) error {
+// portError is a port that the host does not give.
+type portError struct {
+	p   netwire.Publication
+	err error
+}
+
+func (e *portError) Error() string { return e.p.Refused(e.err) }
+func (e *portError) Unwrap() error { return e.err }
+
+// tryPorts opens all ports that the VM with the id wants, and closes them again: that the
+// host does not give one is to be known before a VM starts. That banger-net gets them a
+// moment later is likely, not certain: see checkPublished.
+func (m *Manager) tryPorts(ctx context.Context, id string, publish []string, hints portHints) error {
+	err := tryPorts(ctx, publish)
+	if refused := new(portError); errors.As(err, &refused) {
+		return m.refusedPort(ctx, id, refused, hints)
+	}
+	return err
+}
+
+func tryPorts(ctx context.Context, publish []string) error {
 	deadline := time.Now().Add(portPatience)
 	for {
-		err := tryPortsOnce(publish, hints)
-		if api.CodeOf(err) != api.Busy || time.Now().After(deadline) {
+		err := tryPortsOnce(publish)
+		if !errors.Is(err, unix.EADDRINUSE) || time.Now().After(deadline) {
 			return err
 		}
 		select {
@@ -120,37 +118,7 @@ func tryPorts(ctx context.Context, publish []string, hints portHints) error {
 	}
 }
 
-// publishPatience bounds the wait for the network's process to say what it could open.
-const publishPatience = 5 * time.Second
-
-// checkPublished makes sure that the VM that has started has its ports: between the trial
-// and banger-net another program, or VM, may have taken one.
-func (m *Manager) checkPublished(ctx context.Context, v *machine) error {
-	n, _ := networkOf(v.rec)
-	if m.programs.Net == "" || len(n.Publish) == 0 {
-		return nil
-	}
-	ctx, cancel := context.WithTimeout(ctx, publishPatience)
-	defer cancel()
-	for {
-		reply, err := netwire.Ask(ctx, v.dir.Path(), netwire.Request{Op: netwire.OpStats})
-		switch {
-		case err == nil && reply.Stats != nil && reply.Stats.Problem != "":
-			return api.Errorf(api.Busy, "%s", wire.CleanText(reply.Stats.Problem, 1<<10)).WithHint("banger set %s --unpublish PORT", v.rec.Name)
-		case err == nil:
-			return nil
-		case !errors.Is(err, netwire.ErrAway) || ctx.Err() != nil:
-			m.log.Warn("cannot ask whether the ports are published", "vm", v.rec.Name, "err", err)
-			return nil // show says so
-		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(portPoll):
-		}
-	}
-}
-
-func tryPortsOnce(publish []string, hints portHints) error {
+func tryPortsOnce(publish []string) error {
 	for _, text := range publish {
 		p, err := netwire.ParsePublication(text)
 		if err != nil {
@@ -158,7 +126,7 @@ func tryPortsOnce(publish []string, hints portHints) error {
 		}
 		l, err := bindPort(p)
 		if err != nil {
-			return refusedPort(p, err, hints)
+			return &portError{p, err}
 		}
 		defer l.Close() // at the end: two of them may be in each other's way
 	}
@@ -176,18 +144,96 @@ func bindPort(p netwire.Publication) (io.Closer, error) {
 	return net.Listen("tcp"+family, p.Host.String())
 }
 
-// refusedPort says in words why the host does not give a port.
-func refusedPort(p netwire.Publication, err error, hints portHints) error {
+// publishPatience bounds the wait for the network's process to say what it could open.
+const publishPatience = 5 * time.Second
+
+// checkPublished makes sure that the VM that has started has its ports: between the trial
+// and banger-net another program, or VM, may have taken one.
+func (m *Manager) checkPublished(ctx context.Context, v *machine) error {
+	n, _ := networkOf(v.rec)
+	if m.programs.Net == "" || len(n.Publish) == 0 {
+		return nil
+	}
+	asking, cancel := context.WithTimeout(ctx, publishPatience)
+	defer cancel()
+	for {
+		reply, err := netwire.Ask(asking, v.dir.Path(), netwire.Request{Op: netwire.OpStats})
+		switch {
+		case err == nil:
+			return m.unpublished(ctx, v.rec, reply.Stats)
+		case !errors.Is(err, netwire.ErrAway) || asking.Err() != nil:
+			m.log.Warn("cannot ask whether the ports are published", "vm", v.rec.Name, "err", err)
+			return nil // show says so
+		}
+		select {
+		case <-asking.Done():
+		case <-time.After(portPoll):
+		}
+	}
+}
+
+// unpublished is an error when a port is not open that should be.
+func (m *Manager) unpublished(ctx context.Context, rec store.VM, s *netwire.Stats) error {
+	if s == nil || s.Problem == "" {
+		return nil
+	}
+	for _, text := range s.Busy {
+		if p, err := netwire.ParsePublication(text); err == nil {
+			return m.refusedPort(ctx, rec.ID, &portError{p, unix.EADDRINUSE}, startHints(rec.Name))
+		}
+	}
+	return api.Errorf(api.Refused, "%s", wire.CleanText(s.Problem, 1<<10)).WithHint("banger show %s", rec.Name)
+}
+
+// refusedPort says in words why the host does not give the VM with the id a port, and which
+// other VM has it.
+func (m *Manager) refusedPort(ctx context.Context, id string, e *portError, hints portHints) error {
+	holder := ""
+	if errors.Is(e.err, unix.EADDRINUSE) {
+		holder = m.publisherOf(ctx, id, e.p)
+	}
+	return e.inWords(hints, holder)
+}
+
+func (e *portError) inWords(hints portHints, holder string) error {
 	switch {
-	case errors.Is(err, unix.EADDRINUSE):
-		return api.Errorf(api.Busy, "port %s is in use", p.Host).WithHint("%s", hints.other(p))
-	case errors.Is(err, unix.EACCES) && p.Host.Port() < 1024:
-		return api.Errorf(api.Refused, "port %d: permission denied: ports below 1024 need rights", p.Host.Port()).WithHint("%s", hints.privileged(p))
-	case errors.Is(err, unix.EADDRNOTAVAIL):
-		return api.Errorf(api.Invalid, "%s is no address of this host", p.Host.Addr()).WithHint("ip address")
+	case holder != "":
+		return api.Errorf(api.Busy, "%w by the VM %s", e, holder).WithHint("%s", hints.other(e.p))
+	case errors.Is(e.err, unix.EADDRINUSE):
+		return api.Errorf(api.Busy, "%w", e).WithHint("%s", hints.other(e.p))
+	case errors.Is(e.err, unix.EACCES) && e.p.Host.Port() < 1024:
+		return api.Errorf(api.Refused, "%w", e).WithHint("%s", hints.privileged(e.p))
+	case errors.Is(e.err, unix.EADDRNOTAVAIL):
+		return api.Errorf(api.Invalid, "%w", e).WithHint("ip address")
 	}
-	if errno := unix.Errno(0); errors.As(err, &errno) {
-		err = errno
+	return api.Errorf(api.Refused, "%w", e).WithHint("%s", hints.other(e.p))
+}
+
+// publisherOf names the VM, other than the one with the id, that has p's port of the host;
+// "" when it is none.
+func (m *Manager) publisherOf(ctx context.Context, id string, p netwire.Publication) string {
+	all, err := m.store.VMs(ctx)
+	if err != nil {
+		return ""
 	}
-	return api.Errorf(api.Refused, "port %s: %w", p.Host, err).WithHint("%s", hints.other(p))
+	for _, rec := range all {
+		n, _ := networkOf(rec)
+		if rec.ID != id && slices.ContainsFunc(n.Publish, func(text string) bool { return m.hasPort(ctx, rec, text, p) }) {
+			return rec.Name
+		}
+	}
+	return ""
+}
+
+// hasPort tells whether a VM has p's port by its publication text. Its network says so: it
+// may itself have come too late.
+func (m *Manager) hasPort(ctx context.Context, rec store.VM, text string, p netwire.Publication) bool {
+	if o, err := netwire.ParsePublication(text); err != nil || !o.Overlaps(p) {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(ctx, statsTimeout)
+	defer cancel()
+	reply, err := netwire.Ask(ctx, m.layout.VM(rec.ID).Path(), netwire.Request{Op: netwire.OpStats})
+	return err == nil && reply.Stats != nil &&
+		(reply.Stats.Problem == "" || len(reply.Stats.Busy) > 0 && !slices.Contains(reply.Stats.Busy, text))
 }

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"banger/api"
 	"banger/internal/daemon/store"
 	"banger/internal/guest/wire"
@@ -87,20 +89,14 @@ func forgetRule(n *netwire.Network, text string) error {
 }
 
 func unpublish(n *netwire.Network, text string) error {
-	host, protocol, slash := strings.Cut(text, "/")
-	full := host + ":1" // any port of a guest makes a publication of it
-	if slash {
-		full += "/" + protocol
-	}
-	want, err := netwire.ParsePublication(full)
+	side, err := netwire.ParseHostSide(text)
 	if err != nil {
-		return invalidNetwork(fmt.Errorf("cannot unpublish %q: %w", text, errors.Unwrap(err)))
+		return invalidNetwork(err)
 	}
 	before := len(n.Publish)
 	n.Publish = slices.DeleteFunc(n.Publish, func(text string) bool {
 		p, err := netwire.ParsePublication(text)
-		return err == nil && p.Host.Port() == want.Host.Port() &&
-			(!strings.Contains(host, ":") || p.Host == want.Host) && (!slash || p.Protocol == want.Protocol)
+		return err == nil && side.Fits(p)
 	})
 	if len(n.Publish) < before {
 		return nil
@@ -163,7 +159,7 @@ func (m *Manager) setNetwork(ctx context.Context, id string, r SetRequest) (away
 	defer cancel()
 	live := m.programs.Net != "" && hasNetwork(m.layout.VM(id).Path())
 	if live {
-		if err := tryPorts(ctx, newPorts(was, to), setHints(rec.Name)); err != nil {
+		if err := m.tryPorts(ctx, id, newPorts(was, to), setHints(rec.Name)); err != nil {
 			return false, err
 		}
 	}
@@ -194,7 +190,7 @@ func newPorts(was, to netwire.Network) (ports []string) {
 		p, err := netwire.ParsePublication(text)
 		inUse := func(old string) bool {
 			o, oldErr := netwire.ParsePublication(old)
-			return err == nil && oldErr == nil && sameHostSide(o, p)
+			return err == nil && oldErr == nil && o.Overlaps(p)
 		}
 		if !slices.ContainsFunc(was.Publish, inUse) {
 			ports = append(ports, text)
@@ -269,7 +265,7 @@ func (m *Manager) tell(ctx context.Context, rec store.VM) error {
 		reply, err := netwire.Ask(ctx, dir, netwire.Request{Op: netwire.OpReload})
 		switch {
 		case err == nil:
-			return m.refusedReload(rec, reply)
+			return m.refusedReload(ctx, rec, reply)
 		case errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, netwire.ErrAway):
 			return api.Errorf(api.Unresponsive, "its network does not answer").WithHint("banger show %s", rec.Name)
 		case !errors.Is(err, netwire.ErrAway):
@@ -288,12 +284,12 @@ func (m *Manager) tell(ctx context.Context, rec store.VM) error {
 }
 
 // refusedReload is nil when nothing was refused.
-func (m *Manager) refusedReload(rec store.VM, reply netwire.Reply) error {
+func (m *Manager) refusedReload(ctx context.Context, rec store.VM, reply netwire.Reply) error {
 	if reply.Error == "" {
 		return nil
 	}
 	if p, err := netwire.ParsePublication(reply.Busy); err == nil {
-		return api.Errorf(api.Busy, "port %s is in use", p.Host).WithHint("%s", setHints(rec.Name).other(p))
+		return m.refusedPort(ctx, rec.ID, &portError{p, unix.EADDRINUSE}, setHints(rec.Name))
 	}
 	return api.Errorf(api.Refused, "%s", wire.CleanText(reply.Error, 1<<10)).WithHint("banger show %s", rec.Name)
 }

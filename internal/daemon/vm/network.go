@@ -101,22 +101,14 @@ func addPublication(all []netwire.Publication, p netwire.Publication) ([]netwire
 		if o == p {
 			return all, nil
 		}
-		if sameHostSide(o, p) {
-			return nil, api.Errorf(api.Invalid, "the host's port %s/%s cannot lead to %d: it is in use by %s", p.Host, p.Protocol, p.Guest, o).
-				WithHint("banger set --help")
+		if err := p.Clash(o); err != nil {
+			return nil, invalidNetwork(err)
 		}
 	}
 	if len(all) == maxPublications {
 		return nil, invalidNetwork(fmt.Errorf("a VM has at most %d published ports", maxPublications))
 	}
 	return append(all, p), nil
-}
-
-// sameHostSide tells publications of which the host can open one at a time only.
-func sameHostSide(a, b netwire.Publication) bool {
-	x, y := a.Host.Addr(), b.Host.Addr()
-	return a.Protocol == b.Protocol && a.Host.Port() == b.Host.Port() && x.Is4() == y.Is4() &&
-		(x == y || x.IsUnspecified() || y.IsUnspecified())
 }
 
 func invalidNetwork(err error) error {
@@ -147,7 +139,7 @@ func (m *Manager) preflightNetwork(ctx context.Context, v *machine) error {
 	if v.creating {
 		hints = createHints()
 	}
-	return tryPorts(ctx, n.Publish, hints)
+	return m.tryPorts(ctx, v.rec.ID, n.Publish, hints)
 }
 
 // acquireNetwork reads the record again, under the lock of those who change it: from then

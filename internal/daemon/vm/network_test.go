@@ -2,6 +2,7 @@ package vm
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -125,7 +126,7 @@ func TestApply(t *testing.T) {
 	}{
 		{SetRequest{Forget: []string{"z.test"}}, api.NotFound, "there is no rule z.test; the rules are a.test, tcp b.test:443, c.test"},
 		{SetRequest{Forget: []string{"c.test", "c.test"}}, api.NotFound, "there is no rule c.test"},
-		{SetRequest{Unpublish: []string{"80:80"}}, api.Invalid, "cannot unpublish"},
+		{SetRequest{Unpublish: []string{"80:80"}}, api.Invalid, `cannot read "80:80": "80" is no address of the host`},
 		{SetRequest{Unpublish: []string{"90/udp"}}, api.NotFound, "port 90/udp is not published; published are 127.0.0.1:80:80/tcp"},
 		{SetRequest{Publish: []string{"80:9"}}, api.Invalid, "127.0.0.1:80/tcp cannot lead to 9"},
 		{SetRequest{Preset: "wan"}, api.Invalid, "wan"},
@@ -148,19 +149,22 @@ func TestRefusedPort(t *testing.T) {
 		p             netwire.Publication
 		err           error
 		hints         portHints
+		holder        string
 		code          api.Code
 		message, hint string
 	}{
-		{web, unix.EADDRINUSE, startHints("v"), api.Busy, "port 127.0.0.1:80 is in use", "banger set v --unpublish 80"},
-		{dns, unix.EADDRINUSE, startHints("v"), api.Busy, "port [::1]:53 is in use", "banger set v --unpublish [::1]:53/udp"},
-		{web, unix.EACCES, createHints(), api.Refused, "port 80: permission denied: ports below 1024 need rights", "banger create -p 8080:80"},
-		{web, unix.EACCES, setHints("v"), api.Refused, "port 80: permission denied: ports below 1024 need rights", "banger set v -p 8080:80"},
-		{web, unix.EACCES, startHints("v"), api.Refused, "ports below 1024 need rights", "banger set v --unpublish 80 -p 8080:80"},
-		{dns, unix.EADDRNOTAVAIL, startHints("v"), api.Invalid, "::1 is no address of this host", "ip address"},
-		{web, unix.EMFILE, startHints("v"), api.Refused, "port 127.0.0.1:80: too many open files", "banger set v --unpublish 80"},
+		{web, unix.EADDRINUSE, startHints("v"), "", api.Busy, "port 127.0.0.1:80 is in use", "banger set v --unpublish 80"},
+		{web, unix.EADDRINUSE, startHints("v"), "u", api.Busy, "port 127.0.0.1:80 is in use by the VM u", "banger set v --unpublish 80"},
+		{dns, unix.EADDRINUSE, startHints("v"), "", api.Busy, "port [::1]:53/udp is in use", "banger set v --unpublish [::1]:53/udp"},
+		{web, unix.EACCES, createHints(), "", api.Refused, "port 127.0.0.1:80: permission denied: ports below 1024 need rights", "banger create -p 8080:80"},
+		{web, unix.EACCES, setHints("v"), "", api.Refused, "port 127.0.0.1:80: permission denied: ports below 1024 need rights", "banger set v -p 8080:80"},
+		{web, unix.EACCES, startHints("v"), "", api.Refused, "port 127.0.0.1:80: permission denied: ports below 1024 need rights", "banger set v --unpublish 80 -p 8080:80"},
+		{dns, unix.EADDRNOTAVAIL, startHints("v"), "", api.Invalid, "::1 is no address of this host", "ip address"},
+		{web, unix.EMFILE, startHints("v"), "", api.Refused, "port 127.0.0.1:80: too many open files", "banger set v --unpublish 80"},
 	} {
-		err := refusedPort(c.p, &net.OpError{Op: "listen", Err: os.NewSyscallError("bind", c.err)}, c.hints)
-		if api.CodeOf(err) != c.code || !strings.Contains(err.Error(), c.message) || api.HintOf(err) != c.hint {
+		e := &portError{c.p, &net.OpError{Op: "listen", Err: os.NewSyscallError("bind", c.err)}}
+		err := e.inWords(c.hints, c.holder)
+		if api.CodeOf(err) != c.code || err.Error() != c.message || api.HintOf(err) != c.hint {
 			t.Errorf("%v: %v (%s: %s)", c.err, err, api.CodeOf(err), api.HintOf(err))
 		}
 	}
@@ -174,20 +178,24 @@ func TestTryPorts(t *testing.T) {
 		t.Fatal(err)
 	}
 	busy := fmt.Sprintf("%s:80/tcp", l.Addr())
-	err = tryPorts(t.Context(), []string{busy}, createHints())
-	hint, ok := strings.CutPrefix(api.HintOf(err), "banger create -p ")
-	if api.CodeOf(err) != api.Busy || !ok {
-		t.Fatalf("%v (%s)", err, api.HintOf(err))
+	err = tryPorts(t.Context(), []string{busy})
+	refused := new(portError)
+	if !errors.Is(err, unix.EADDRINUSE) || !errors.As(err, &refused) || refused.p.String() != busy {
+		t.Fatalf("a busy port: %v", err)
 	}
-	if err := tryPorts(t.Context(), []string{hint}, createHints()); err != nil {
+	hint, ok := strings.CutPrefix(api.HintOf(refused.inWords(createHints(), "")), "banger create -p ")
+	if !ok {
+		t.Fatalf("the hint: %s", hint)
+	}
+	if err := tryPorts(t.Context(), []string{hint}); err != nil {
 		t.Errorf("the port of the hint: %v", err)
 	}
-	if err := tryPorts(t.Context(), []string{busy[:strings.LastIndex(busy, "/")] + "/udp"}, createHints()); err != nil {
+	if err := tryPorts(t.Context(), []string{busy[:strings.LastIndex(busy, "/")] + "/udp"}); err != nil {
 		t.Errorf("the same port of the other protocol: %v", err)
 	}
 	l.Close()
 	for range 2 {
-		if err := tryPorts(t.Context(), []string{busy}, createHints()); err != nil {
+		if err := tryPorts(t.Context(), []string{busy}); err != nil {
 			t.Error(err)
 		}
 	}
