@@ -42,7 +42,7 @@ func (d *Daemon) wireSystem(ctx context.Context) (driver.Host, driver.Ability, e
 // them first.
 func firecrackerDirs(l config.Layout) []string {
 	dirs := []string{l.Firecracker()}
-	if named := os.Getenv("BANGER_FIRECRACKER_DIR"); named != "" {
+	if named := os.Getenv(fcproc.DirEnv); named != "" {
 		dirs = append([]string{named}, dirs...)
 	}
 	return dirs

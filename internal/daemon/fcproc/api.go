@@ -15,7 +15,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"banger/internal/daemon/driver"
-	"banger/internal/guest/wire"
 )
 
 // The API is HTTP/1.1 over a Unix socket; a call that changes something answers 204, one
@@ -50,11 +49,7 @@ func client(dir string) *http.Client {
 	return &http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			jail, err := jailDir(dir)
-			if err != nil {
-				return nil, err
-			}
-			return wire.DialUnix(ctx, jail, apiSocket)
+			return dialJail(ctx, dir, apiSocket)
 		},
 	}}
 }
@@ -118,12 +113,9 @@ func awaitAPI(ctx context.Context, dir string) error {
 	tick := time.NewTicker(bootPoll)
 	defer tick.Stop()
 	for {
-		jail, err := jailDir(dir)
+		conn, err := dialJail(ctx, dir, apiSocket)
 		if err == nil {
-			var conn net.Conn
-			if conn, err = wire.DialUnix(ctx, jail, apiSocket); err == nil {
-				return conn.Close()
-			}
+			return conn.Close()
 		}
 		if ctx.Err() == nil && !notYet(err) {
 			return err
@@ -139,6 +131,24 @@ func awaitAPI(ctx context.Context, dir string) error {
 // notYet tells a process that has not come so far.
 func notYet(err error) bool {
 	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ECONNREFUSED)
+}
+
+// Ending says what an exit code means, see FcExitCode in src/vmm/src/lib.rs of
+// Firecracker's source. The jailer, which has it before, knows 0 and 1.
+func (v *VMM) Ending(code int) string {
+	return map[int]string{
+		1:   "firecracker or its jailer failed",
+		2:   "firecracker met what it did not expect",
+		148: "firecracker made a system call that its filter forbids",
+		149: "firecracker lost memory under it (SIGBUS)",
+		150: "firecracker crashed (SIGSEGV)",
+		151: "a file was to become larger than allowed (SIGXFSZ)",
+		152: "firecracker refused its configuration",
+		153: "firecracker does not know an argument: it is of another version",
+		154: "firecracker used up its processor time (SIGXCPU)",
+		156: "firecracker lost its session (SIGHUP)",
+		157: "firecracker met an instruction that this CPU lacks (SIGILL)",
+	}[code]
 }
 
 // PowerButton presses Ctrl-Alt-Del, which is all that Firecracker has. What comes of it is

@@ -67,11 +67,7 @@ func (c *channel) Dial(ctx context.Context) (net.Conn, error) {
 }
 
 func (c *channel) connect(ctx context.Context) (net.Conn, error) {
-	jail, err := jailDir(c.dir)
-	if err != nil {
-		return nil, err
-	}
-	conn, err := wire.DialUnix(ctx, jail, vsockSocket)
+	conn, err := dialJail(ctx, c.dir, vsockSocket)
 	if err != nil {
 		return nil, err
 	}

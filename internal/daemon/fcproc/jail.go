@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 
 	"golang.org/x/sys/unix"
 
@@ -16,30 +18,36 @@ import (
 // jailBase is where the jailer makes its tree, below the VM's directory.
 const jailBase = "run/jail"
 
-// root is the jail's root below the VM's directory.
-func root(id string) string { return filepath.Join(jailBase, firecracker, id, "root") }
+// root is the jail's root below the VM's directory, for the program of that name.
+func root(name, id string) string { return filepath.Join(jailBase, name, id, "root") }
 
 // Confine makes the tree that the jailer fills up. A tree that lies there is of a process
 // that has ended, and goes.
 func (v *VMM) Confine(ctx context.Context, dir string, spec driver.Spec) error {
+	s, err := v.setup()
+	if err != nil {
+		return err
+	}
 	if err := validate(spec); err != nil {
 		return fmt.Errorf("cannot make the jail: %w", err)
 	}
 	if err := v.Free(ctx, dir); err != nil {
 		return err
 	}
-	if err := confine(dir, spec); err != nil {
+	if err := confine(dir, filepath.Join(dir, root(s.jailName(), spec.ID)), spec); err != nil {
 		return fmt.Errorf("cannot make the jail: %w", err)
 	}
 	return nil
 }
 
-func confine(dir string, spec driver.Spec) error {
-	to := filepath.Join(dir, root(spec.ID))
-	// Firecracker makes its sockets in run/, as its own uid.
+func confine(dir, to string, spec driver.Spec) error {
 	if err := os.MkdirAll(to, 0o700); err != nil {
 		return err
 	}
+	if err := usable(to); err != nil {
+		return err
+	}
+	// Firecracker makes its sockets in run/, as its own uid.
 	run := filepath.Join(to, filepath.Dir(apiSocket))
 	if err := os.Mkdir(run, 0o700); err != nil {
 		return err
@@ -100,20 +108,23 @@ func makeNode(inside string, d driver.DiskSpec, spec driver.Spec) error {
 	if err := unix.Mknod(inside, unix.S_IFBLK|mode, int(st.Rdev)); err != nil {
 		return &fs.PathError{Op: "mknod", Path: inside, Err: err}
 	}
-	if err := usable(inside); err != nil {
-		return err
-	}
 	return os.Lchown(inside, spec.UID, spec.GID)
 }
 
-// usable tells where nodes do not work, before the VMM fails with no word of why.
-func usable(node string) error {
+// usable tells where a jail does not work, before the VMM fails and says something else:
+// the jailer makes nodes of /dev/kvm and of the disk in it, and a copy of the program.
+func usable(dir string) error {
 	var st unix.Statfs_t
-	if err := unix.Statfs(node, &st); err != nil {
-		return err
+	if err := unix.Statfs(dir, &st); err != nil {
+		return &fs.PathError{Op: "statfs", Path: dir, Err: err}
 	}
-	if st.Flags&unix.ST_NODEV != 0 {
-		return fmt.Errorf("%s lies on a file system that is mounted with nodev", filepath.Dir(node))
+	for _, option := range []struct {
+		flag int64
+		name string
+	}{{unix.ST_NODEV, "nodev"}, {unix.ST_NOEXEC, "noexec"}} {
+		if st.Flags&option.flag != 0 {
+			return fmt.Errorf("%s lies on a file system that is mounted with %s: the state directory must be on one that is not", dir, option.name)
+		}
 	}
 	return nil
 }
@@ -128,15 +139,47 @@ func (v *VMM) Free(ctx context.Context, dir string) error {
 
 // jailDir finds the jail's root: there is one below a VM's directory.
 func jailDir(dir string) (string, error) {
-	entries, err := os.ReadDir(filepath.Join(dir, jailBase, firecracker))
+	at := filepath.Join(dir, jailBase)
+	for range 2 { // the program's name, the VM's id
+		entries, err := os.ReadDir(at)
+		if err != nil {
+			return "", err
+		}
+		if len(entries) == 0 {
+			return "", &fs.PathError{Op: "find the jail below", Path: at, Err: fs.ErrNotExist}
+		}
+		if len(entries) > 1 {
+			return "", fmt.Errorf("%d jails below %s", len(entries), at)
+		}
+		at = filepath.Join(at, entries[0].Name())
+	}
+	return filepath.Join(at, "root"), nil
+}
+
+// dialJail connects to a socket in the jail of the VM in dir. The socket's directory is the
+// VMM's, so no link is followed on the way: it would lead root to any socket of the host.
+// The way through descriptors leaves no path that is too long (sun_path has 108 bytes).
+func dialJail(ctx context.Context, dir, name string) (net.Conn, error) {
+	jail, err := jailDir(dir)
 	if err != nil {
-		return "", err
+		return nil, err
 	}
-	if len(entries) == 0 {
-		return "", &fs.PathError{Op: "find the jail below", Path: dir, Err: fs.ErrNotExist}
+	d, err := unix.Open(jail, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &fs.PathError{Op: "open", Path: jail, Err: err}
 	}
-	if len(entries) > 1 {
-		return "", fmt.Errorf("%d jails below %s", len(entries), dir)
+	defer unix.Close(d)
+	socket, err := unix.Openat2(d, name, &unix.OpenHow{
+		Flags:   unix.O_PATH | unix.O_CLOEXEC,
+		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
+	})
+	if err != nil {
+		return nil, &fs.PathError{Op: "open", Path: filepath.Join(jail, name), Err: err}
 	}
-	return filepath.Join(dir, root(entries[0].Name())), nil
+	defer unix.Close(socket)
+	conn, err := new(net.Dialer).DialContext(ctx, "unix", "/proc/self/fd/"+strconv.Itoa(socket))
+	if err != nil {
+		return nil, fmt.Errorf("cannot connect to %s: %w", filepath.Join(jail, name), err)
+	}
+	return conn, nil
 }

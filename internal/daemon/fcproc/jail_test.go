@@ -38,6 +38,26 @@ func machine(t *testing.T, dir string) driver.Spec {
 	return spec
 }
 
+// mounted is a directory on a file system of its own, with the mount's options.
+func mounted(t *testing.T, flags uintptr) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := unix.Mount("banger-test", dir, "tmpfs", flags, "size=1m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
+
+// probed is a VMM that has found a program of that name.
+func probed(name string) *VMM {
+	return &VMM{probed: &setup{Firecracker: "/opt/" + name, Jailer: "/opt/jailer", Version: Tested}}
+}
+
 type owned struct {
 	uid  uint32
 	mode uint32
@@ -56,14 +76,14 @@ func look(t *testing.T, file string) (owned, unix.Stat_t) {
 // disk alone.
 func TestConfine(t *testing.T) {
 	need.Need(t, "root")
-	v, dir := New(), t.TempDir()
+	v, dir := probed(firecracker), mounted(t, 0)
 	spec := machine(t, dir)
 	for range 2 { // the second time over the first one's tree
 		if err := v.Confine(t.Context(), dir, spec); err != nil {
 			t.Fatal(err)
 		}
 	}
-	in := filepath.Join(dir, root(spec.ID))
+	in := filepath.Join(dir, root(firecracker, spec.ID))
 	uid := uint32(spec.UID)
 	for name, want := range map[string]owned{
 		".": {uid, 0o700}, "run": {uid, 0o700},
@@ -101,7 +121,7 @@ func TestConfine(t *testing.T) {
 
 func TestConfineDevice(t *testing.T) {
 	need.Need(t, "root")
-	v, dir := New(), t.TempDir()
+	v, dir := probed(firecracker), mounted(t, 0)
 	spec := machine(t, dir)
 	devices, err := filepath.Glob("/dev/loop[0-9]*")
 	if err != nil || len(devices) == 0 {
@@ -114,7 +134,7 @@ func TestConfineDevice(t *testing.T) {
 	if err := v.Confine(t.Context(), dir, spec); err != nil {
 		t.Fatal(err)
 	}
-	got, node := look(t, filepath.Join(dir, root(spec.ID), "disk"))
+	got, node := look(t, filepath.Join(dir, root(firecracker, spec.ID), "disk"))
 	var real unix.Stat_t
 	if err := unix.Stat(devices[0], &real); err != nil {
 		t.Fatal(err)
@@ -127,6 +147,42 @@ func TestConfineDevice(t *testing.T) {
 		if err := v.Confine(t.Context(), dir, spec); err == nil || !strings.Contains(err.Error(), words) {
 			t.Errorf("%s: %v", device, err)
 		}
+	}
+}
+
+// The jailer makes its tree below the name that the program has when links are followed.
+func TestConfineForTheProgramsName(t *testing.T) {
+	need.Need(t, "root")
+	v, dir := probed("firecracker-v1.12.1-x86_64"), mounted(t, 0)
+	if err := v.Confine(t.Context(), dir, machine(t, dir)); err != nil {
+		t.Fatal(err)
+	}
+	want := filepath.Join(dir, "run/jail/firecracker-v1.12.1-x86_64/0f9a/root")
+	if _, err := os.Stat(filepath.Join(want, "run/kernel")); err != nil {
+		t.Error(err)
+	}
+	if got, err := jailDir(dir); err != nil || got != want {
+		t.Errorf("the jail is %q, %v; want %q", got, err, want)
+	}
+}
+
+// Where the jail cannot work that is said, also for a disk that is a file: the jailer
+// makes /dev/kvm in it and a copy of the program.
+func TestConfineWhereNothingWorks(t *testing.T) {
+	need.Need(t, "root")
+	for option, flag := range map[string]uintptr{"nodev": unix.MS_NODEV, "noexec": unix.MS_NOEXEC} {
+		dir := mounted(t, flag)
+		err := probed(firecracker).Confine(t.Context(), dir, machine(t, dir))
+		if err == nil || !strings.Contains(err.Error(), "mounted with "+option) {
+			t.Errorf("%s: %v", option, err)
+		}
+	}
+}
+
+func TestConfineNeedsProbe(t *testing.T) {
+	dir := t.TempDir()
+	if err := New().Confine(t.Context(), dir, machine(t, dir)); !errors.Is(err, errNotProbed) {
+		t.Errorf("%v", err)
 	}
 }
 
@@ -156,7 +212,7 @@ func (f *fakeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 func (f *fakeAPI) listen(t *testing.T, dir, id string) {
 	t.Helper()
-	run := filepath.Join(dir, root(id), "run")
+	run := filepath.Join(dir, root(firecracker, id), "run")
 	if err := os.MkdirAll(run, 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -200,6 +256,47 @@ func TestBootMakesTheCalls(t *testing.T) {
 	}
 	if last := api.calls[len(api.calls)-1]; last != "PUT /vsock" {
 		t.Errorf("after a refusal comes %s", last)
+	}
+}
+
+// A VMM that a guest has taken over cannot lead the daemon to a socket of the host.
+func TestLinksInTheJailLeadNowhere(t *testing.T) {
+	dir, err := os.MkdirTemp("", "fc")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	v, others, spec := New(), new(fakeAPI), exampleSpec()
+	host := filepath.Join(dir, "host")
+	others.listen(t, host, "other")
+	theirs := filepath.Join(host, root(firecracker, "other"), "run")
+	for name, plant := range map[string]func(run string) error{
+		"the socket": func(run string) error {
+			os.Mkdir(run, 0o700)
+			return os.Symlink(filepath.Join(theirs, "api.sock"), filepath.Join(run, "api.sock"))
+		},
+		"its directory": func(run string) error { return os.Symlink(theirs, run) },
+		"a way through ../": func(run string) error {
+			return os.Symlink("../../../../../../host/"+root(firecracker, "other")+"/run", run)
+		},
+	} {
+		vm := filepath.Join(dir, "vm")
+		run := filepath.Join(vm, root(firecracker, spec.ID), "run")
+		if err := errors.Join(os.MkdirAll(filepath.Dir(run), 0o700), plant(run)); err != nil {
+			t.Fatal(err)
+		}
+		if err := v.PowerButton(t.Context(), vm); !errors.Is(err, unix.ELOOP) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if err := v.Boot(t.Context(), vm, spec); !errors.Is(err, unix.ELOOP) {
+			t.Errorf("%s: Boot: %v", name, err)
+		}
+		if err := v.Free(t.Context(), vm); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(others.calls) > 0 {
+		t.Errorf("another VM was told %q", others.calls)
 	}
 }
 
