@@ -62,6 +62,9 @@ type VMM interface {
 	// Boot returns when the process that was just started executes its guest. spec is
 	// that of Command.
 	Boot(ctx context.Context, dir string, spec Spec) error
+	// Ending says in words what an exit code of the process means, empty for no more than
+	// the number does.
+	Ending(code int) string
 	// PowerButton asks the guest through the VMM to shut down; errors.ErrUnsupported
 	// when the VMM has no such thing.
 	PowerButton(ctx context.Context, dir string) error

@@ -196,6 +196,9 @@ func (v *VMM) Confine(context.Context, string, driver.Spec) error { return nil }
 // Free has nothing to remove: what QEMU leaves lies in run/.
 func (v *VMM) Free(context.Context, string) error { return nil }
 
+// Ending has no words: QEMU knows 0 and 1.
+func (v *VMM) Ending(int) string { return "" }
+
 // Command makes QEMU's command line. An error says what of the spec it cannot do.
 func (v *VMM) Command(spec driver.Spec) (driver.Command, error) {
 	v.mu.Lock()

@@ -194,7 +194,7 @@ func (m *Manager) explainEnd(v *machine, err error) error {
 	if text == "" {
 		text = lastLines(strings.Join(e.Console, "\n"), 10)
 	}
-	msg := fmt.Sprintf("%v (%s)", err, describeExit(e))
+	msg := fmt.Sprintf("%v (%s)", err, m.describeExit(e))
 	if text != "" {
 		msg += ":\n" + indent(wire.CleanText(text, 4<<10))
 	}
@@ -202,7 +202,7 @@ func (m *Manager) explainEnd(v *machine, err error) error {
 }
 
 // describeExit says in words how a VMM ended.
-func describeExit(e shim.Exit) string {
+func (m *Manager) describeExit(e shim.Exit) string {
 	switch {
 	case e.Intent == "failed":
 		return "the guest could not boot"
@@ -217,7 +217,11 @@ func describeExit(e shim.Exit) string {
 	case e.How == shim.Signaled:
 		return "ended by signal " + e.Signal
 	case e.How == shim.Exited:
-		return fmt.Sprintf("exit status %d", e.Code)
+		words := fmt.Sprintf("exit status %d", e.Code)
+		if why := m.host.VMM.Ending(e.Code); why != "" {
+			words += ", " + why
+		}
+		return words
 	}
 	return e.Error
 }

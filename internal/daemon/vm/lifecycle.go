@@ -188,7 +188,7 @@ func (m *Manager) halt(ctx context.Context, v *machine, verb string, reboot bool
 	}
 	ended := ""
 	if e, err := shim.ReadExit(v.dir.Path()); err == nil {
-		ended = describeExit(e)
+		ended = m.describeExit(e)
 	}
 	return errors.Join(stuck, m.settle(ctx, v, outcome{ended: ended, reboot: reboot}, stuck))
 }

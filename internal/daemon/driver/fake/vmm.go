@@ -44,6 +44,8 @@ func (v vmm) Confine(_ context.Context, dir string, spec driver.Spec) error {
 	return v.h.effect("vmm.confine", func() error { return v.h.make("jail", filepath.Base(dir), spec.ID) })
 }
 
+func (v vmm) Ending(int) string { return "" }
+
 func (v vmm) Free(_ context.Context, dir string) error {
 	id := filepath.Base(dir)
 	return v.h.effect("vmm.free", func() error { return v.h.remove("jail", id, id) })
