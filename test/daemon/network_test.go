@@ -269,6 +269,64 @@ func TestPortsTakenMeanwhile(t *testing.T) {
 	d.stop(t)
 }
 
+// TestPortOfAnotherVM: who wants a port that another VM has is told which one, whenever it
+// comes out.
+func TestPortOfAnotherVM(t *testing.T) {
+	const point = "start/network/acquire/before"
+	w := newNetworkWorld(t)
+	d := w.start(t, "pause "+point, 0)
+	c, ctx := d.client(), d.ctx(t)
+	if err := c.do(ctx)(c.vms.Create(ctx, networked(nil))); err != nil {
+		t.Fatal(err)
+	}
+	port := freePort(t)
+	busy := fmt.Sprintf("port 127.0.0.1:%d is in use by the VM v", port)
+	wanted := &bangerv1.Network{Publish: []string{fmt.Sprintf("%d:80", port)}}
+	other := networked(wanted)
+	other.Name, other.NoStart = "u", true
+	if err := c.do(ctx)(c.vms.Create(ctx, other)); err != nil {
+		t.Fatal(err)
+	}
+	// The port was free when u was about to start.
+	failed := make(chan error, 1)
+	go func() { failed <- c.do(ctx)(c.vms.Start(ctx, &bangerv1.StartVMRequest{Ref: "u"})) }()
+	d.waitPoint(t, point)
+	if _, err := c.vms.Set(ctx, &bangerv1.SetVMRequest{Ref: "v", Publish: []string{fmt.Sprintf("0.0.0.0:%d:80", port)}}); err != nil {
+		t.Fatal(err)
+	}
+	d.resume(t)
+	for _, when := range []string{"meanwhile", "before"} {
+		if when == "before" {
+			failed <- c.do(ctx)(c.vms.Start(ctx, &bangerv1.StartVMRequest{Ref: "u"}))
+		}
+		if err := <-failed; err == nil || !strings.Contains(err.Error(), busy) {
+			t.Errorf("%s: %v", when, err)
+		}
+		res, err := c.ops.List(ctx, &bangerv1.ListOperationsRequest{})
+		if err != nil || res.Operations[0].Error.GetHint() != fmt.Sprintf("banger set u --unpublish %d", port) {
+			t.Errorf("%s: the hint: %v, %v", when, res.Operations[0].Error, err)
+		}
+	}
+	third := networked(wanted)
+	third.Name = "x"
+	_, err := c.vms.Create(ctx, third)
+	wantError(t, err, api.Busy, busy, "banger create -p ")
+	if _, err := c.vms.Set(ctx, &bangerv1.SetVMRequest{Ref: "u", Unpublish: []string{strconv.Itoa(port)}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.do(ctx)(c.vms.Start(ctx, &bangerv1.StartVMRequest{Ref: "u"})); err != nil {
+		t.Fatal(err)
+	}
+	_, err = c.vms.Set(ctx, &bangerv1.SetVMRequest{Ref: "u", Publish: wanted.Publish})
+	wantError(t, err, api.Busy, busy, "banger set u -p ")
+	for _, name := range []string{"v", "u"} {
+		if err := c.do(ctx)(c.vms.Delete(ctx, &bangerv1.DeleteVMRequest{Ref: name, Force: true})); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.stop(t)
+}
+
 // TestSetWhileItRuns: a change is in force at once and stays; one that is refused has
 // changed nothing.
 func TestSetWhileItRuns(t *testing.T) {
