@@ -119,6 +119,23 @@ func TestScopeGoesWithTheVM(t *testing.T) {
 	h.eventually("the scope is gone", func() bool { return len(h.list(t.Context())) == 0 })
 }
 
+// systemd may not have seen yet that a scope is empty, which is to be made again.
+func TestScopeOfTheRunBefore(t *testing.T) {
+	h := newHost(t)
+	for range 20 {
+		sleep := exec.Command("sleep", "1000")
+		if err := sleep.Start(); err != nil {
+			t.Fatal(err)
+		}
+		err := h.m.Place(t.Context(), "00ff", sleep.Process.Pid, driver.Limits{})
+		_ = sleep.Process.Kill()
+		_ = sleep.Wait()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // A daemon that is killed before it has furnished the scope leaves a shim that waits.
 func TestBareScope(t *testing.T) {
 	h := newHost(t)
