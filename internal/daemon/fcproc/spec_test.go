@@ -3,7 +3,6 @@ package fcproc
 import (
 	"encoding/json"
 	"errors"
-	"flag"
 	"os"
 	"path/filepath"
 	"strings"
@@ -11,8 +10,6 @@ import (
 
 	"banger/internal/daemon/driver"
 )
-
-var update = flag.Bool("update", false, "write the golden files")
 
 func exampleSpec() driver.Spec {
 	return driver.Spec{
@@ -40,7 +37,7 @@ func TestGolden(t *testing.T) {
 		b.WriteString(c.Method + " " + c.Path + " " + string(body) + "\n")
 	}
 	file := filepath.Join("testdata", "example.txt")
-	if *update {
+	if os.Getenv("BANGER_UPDATE_GOLDEN") != "" {
 		if err := os.WriteFile(file, []byte(b.String()), 0o644); err != nil {
 			t.Fatal(err)
 		}
