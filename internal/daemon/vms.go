@@ -80,7 +80,7 @@ func (s vmService) createRequest(req *bangerv1.CreateVMRequest, owner store.User
 		CPUs: int(req.Cpus), Memory: req.Memory, Disk: req.Disk,
 		NoStart: req.NoStart, RemoveOnRelease: req.RemoveOnRelease,
 		ReadyAgent: req.Ready == bangerv1.Ready_READY_AGENT, Repository: req.Repository,
-		User: owner, Owner: owner.UID, Network: networkRequest(req.Network, c.Network),
+		User: owner, Owner: owner.UID, Network: networkRequest(req.Network, c.Network), DefaultPreset: req.Network.GetPreset() == "",
 	}
 	if r.Image == "" {
 		r.Image = c.Image

@@ -77,6 +77,7 @@ type Ability struct {
 	Accelerator string // "kvm" or "tcg"
 	Reason      string // why it is not kvm, in words
 	Network     bool   // a Spec may have a NIC
+	NoNetwork   string // why not, in words, where something could be done about it
 	// Vsock: the agent is reached over the guest's vsock, not over a serial port.
 	Vsock bool
 	// NoSerials: the guest knows its disks by their order alone.

@@ -1,6 +1,7 @@
 package qemuproc
 
 import (
+	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -36,6 +37,9 @@ const (
 func argv(spec driver.Spec, s setup) ([]string, error) {
 	if err := validate(spec); err != nil {
 		return nil, err
+	}
+	if why := s.noNetwork(); why != "" && spec.NIC != nil {
+		return nil, errors.New(why)
 	}
 	args := []string{
 		s.Program,

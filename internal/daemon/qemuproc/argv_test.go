@@ -200,20 +200,31 @@ func TestVersionsCompare(t *testing.T) {
 	}
 }
 
-// A QEMU that is too old says so before anything is asked of its machines.
+// A QEMU that is too old for the network runs VMs without one, and says why.
 func TestOldQEMU(t *testing.T) {
 	program := filepath.Join(t.TempDir(), "qemu")
-	script := "#!/bin/sh\necho 'QEMU emulator version 6.2.0 (Debian 1:6.2+dfsg-2ubuntu6)'\n"
+	script := "#!/bin/sh\ncase \"$*\" in\n*version*) echo 'QEMU emulator version 6.2.0 (Debian 1:6.2+dfsg-2ubuntu6)' ;;\n" +
+		"*) echo 'microvm              microvm (i386)' ;;\nesac\n"
 	if err := os.WriteFile(program, []byte(script), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	t.Setenv(ProgramEnv, program)
-	_, err := New(config.KVMAuto).Probe(t.Context())
-	if err == nil || !strings.Contains(err.Error(), "QEMU 6.2.0") || !strings.Contains(err.Error(), "needs 7.2 or newer") {
-		t.Errorf("error %v", err)
+	v := New(config.KVMOff)
+	a, err := v.Probe(t.Context())
+	if err != nil || a.Network || !strings.Contains(a.NoNetwork, "QEMU 6.2.0") || !strings.Contains(a.NoNetwork, "needs 7.2 or newer") {
+		t.Errorf("%+v, %v", a, err)
 	}
-	found := Checks(config.KVMAuto)[0].Probe(t.Context())
-	if found.Result != check.Fail || !strings.Contains(found.Text, "has no -netdev stream") {
+	spec := exampleSpec()
+	if c, err := v.Command(spec); err == nil || !strings.Contains(err.Error(), a.NoNetwork) {
+		t.Errorf("with a card: %v, %v", c.Argv, err)
+	}
+	spec.NIC = nil
+	if _, err := v.Command(spec); err != nil {
+		t.Errorf("without a card: %v", err)
+	}
+	found := Checks(config.KVMOff)[0].Probe(t.Context())
+	if found.Result != check.Warn || !strings.Contains(found.Text, "VMs have no network") || !strings.Contains(found.Text, "has no -netdev stream") ||
+		!strings.Contains(found.Fix, ProgramEnv) {
 		t.Errorf("doctor finds %+v", found)
 	}
 }

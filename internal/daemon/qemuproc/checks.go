@@ -18,6 +18,9 @@ func Checks(mode config.KVM) []check.Check {
 				if err != nil {
 					return check.Found(check.Fail, "%v", err)
 				}
+				if why := s.noNetwork(); why != "" {
+					return check.Found(check.Warn, "VMs have no network: %s", why).WithFix("export %s=/path/of/a/newer/%s", ProgramEnv, Program)
+				}
 				if !s.Sandbox {
 					return check.Found(check.Warn, "%s %s was built without seccomp: only its uid confines it", s.Program, s.Version)
 				}

@@ -64,7 +64,8 @@ func New(mode config.KVM) *VMM { return &VMM{kvm: mode} }
 func (v *VMM) Name() string { return "qemu" }
 
 // Probe runs QEMU for its version and looks at KVM. Without a QEMU that has the
-// microvm machine and the network's back end the error says what is missing.
+// microvm machine the error says what is missing; one without the network's back end runs
+// VMs that have no network.
 func (v *VMM) Probe(ctx context.Context) (driver.Ability, error) {
 	s, err := probe(ctx, v.kvm)
 	if err != nil {
@@ -73,7 +74,17 @@ func (v *VMM) Probe(ctx context.Context) (driver.Ability, error) {
 	v.mu.Lock()
 	v.probed = &s
 	v.mu.Unlock()
-	return driver.Ability{Accelerator: s.Accel, Reason: s.reason(), Network: true}, nil
+	why := s.noNetwork()
+	return driver.Ability{Accelerator: s.Accel, Reason: s.reason(), Network: why == "", NoNetwork: why}, nil
+}
+
+// noNetwork says why VMs get no network card, "" when they do.
+func (s setup) noNetwork() string {
+	if atLeast(s.Version, streamMajor, streamMinor) {
+		return ""
+	}
+	return fmt.Sprintf("QEMU %s (%s) has no -netdev stream: the network needs %d.%d or newer",
+		s.Version, s.Program, streamMajor, streamMinor)
 }
 
 func (s setup) reason() string {
@@ -101,10 +112,6 @@ func probe(ctx context.Context, mode config.KVM) (setup, error) {
 	}
 	if s.Version, err = parseVersion(out); err != nil {
 		return setup{}, fmt.Errorf("%s: %w", program, err)
-	}
-	if !atLeast(s.Version, streamMajor, streamMinor) {
-		return setup{}, fmt.Errorf("QEMU %s (%s) has no -netdev stream: the network needs %d.%d or newer",
-			s.Version, program, streamMajor, streamMinor)
 	}
 	machines, err := run(ctx, program, "-machine", "help")
 	if err != nil {

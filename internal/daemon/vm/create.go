@@ -31,6 +31,7 @@ type CreateRequest struct {
 	User            store.User
 	Owner           int // uid
 	Network         netwire.Network
+	DefaultPreset   bool // its preset is nobody's wish
 	// Reserved, unless nil, is told the record as soon as its name is taken.
 	Reserved func(store.VM)
 }
@@ -57,6 +58,13 @@ func (m *Manager) Validate(ctx context.Context, r CreateRequest) error {
 	}
 	network, err := canonicalNetwork(r.Network)
 	if err != nil {
+		return err
+	}
+	preset := network.Preset
+	if r.DefaultPreset {
+		preset = ""
+	}
+	if err := m.refuseNetwork(preset, network.Allow, network.Publish); err != nil {
 		return err
 	}
 	if err := m.checkTaken(ctx, r); err != nil || r.NoStart || m.programs.Net == "" {

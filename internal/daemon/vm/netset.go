@@ -152,6 +152,9 @@ func (m *Manager) setNetwork(ctx context.Context, id string, r SetRequest) (away
 	}
 	was, _ := networkOf(rec)
 	to, err := r.apply(was)
+	if err == nil {
+		err = m.refuseNetwork(r.Preset, r.Allow, r.Publish)
+	}
 	if err != nil {
 		return false, err
 	}

@@ -115,6 +115,23 @@ func invalidNetwork(err error) error {
 	return api.Errorf(api.Invalid, "%w", err).WithHint("banger set --help")
 }
 
+// refuseNetwork refuses, in words, what a host cannot do whose VMs have no network.
+func (m *Manager) refuseNetwork(preset string, allow, publish []string) error {
+	if m.programs.Net != "" || !wanted(preset, allow, publish) {
+		return nil
+	}
+	why := m.ability.NoNetwork
+	if why == "" {
+		why = "those in " + m.host.VMM.Name() + " have none"
+	}
+	return api.Errorf(api.Refused, "VMs have no network here: %s", why).WithHint("banger doctor")
+}
+
+// wanted tells whether all of it together is not just no network.
+func wanted(preset string, allow, publish []string) bool {
+	return preset != "" && preset != string(netpolicy.None) || len(allow)+len(publish) > 0
+}
+
 // networkOf is the network that rec asks for, or the safest one and why: a record that was
 // damaged must not keep its VM from starting.
 func networkOf(rec store.VM) (n netwire.Network, problem string) {

@@ -16,6 +16,7 @@ import (
 
 	"banger/api"
 	"banger/internal/config"
+	"banger/internal/daemon/driver"
 	"banger/internal/daemon/store"
 	"banger/internal/guest/wire"
 	"banger/internal/netwire"
@@ -280,6 +281,34 @@ func TestMissingCard(t *testing.T) {
 		kernels := []store.Kernel{{Name: "other", Modules: []string{"virtio_blk.ko"}}, {Name: "k", Modules: strings.Fields(modules)}}
 		if got := m.missingCard(store.VM{Kernel: "k"}, kernels); (got != "") != missing || missing && !strings.Contains(got, "banger kernel pull k") {
 			t.Errorf("%q: %q", modules, got)
+		}
+	}
+}
+
+// Where VMs have no network, who asks for one is told, and who does not is not.
+func TestNoNetwork(t *testing.T) {
+	none := &Manager{ability: driver.Ability{NoNetwork: "QEMU is too old"}}
+	there := &Manager{programs: Programs{Net: "/banger-net"}}
+	for _, c := range []struct {
+		n      netwire.Network
+		wanted bool
+	}{
+		{netwire.Network{}, false},
+		{netwire.Network{Preset: "none"}, false},
+		{netwire.Network{Preset: "none", Deny: []string{"a.test"}}, false},
+		{netwire.Network{Preset: "internet"}, true},
+		{netwire.Network{Preset: "none", Allow: []string{"a.test"}}, true},
+		{netwire.Network{Publish: []string{"80:80"}}, true},
+	} {
+		err := none.refuseNetwork(c.n.Preset, c.n.Allow, c.n.Publish)
+		if (err != nil) != c.wanted || c.wanted && (api.CodeOf(err) != api.Refused || !strings.Contains(err.Error(), "QEMU is too old") || api.HintOf(err) == "") {
+			t.Errorf("%+v: %v", c.n, err)
+		}
+		if err := there.refuseNetwork(c.n.Preset, c.n.Allow, c.n.Publish); err != nil {
+			t.Errorf("%+v, with a network: %v", c.n, err)
+		}
+		if got := none.missingCard(store.VM{Network: c.n}, nil); (got != "") != c.wanted {
+			t.Errorf("%+v: the problem is %q", c.n, got)
 		}
 	}
 }

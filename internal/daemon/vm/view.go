@@ -120,10 +120,14 @@ func (m *Manager) problem(v store.VM) string {
 	return network
 }
 
-// missingCard says that the kernel of v, pulled by an earlier release, brings the module of
-// the disks and not that of the network card.
+// missingCard says that v has no network although its record asks for one: the host's VMM
+// has none, or the kernel, pulled by an earlier release, brings the module of the disks and
+// not that of the network card.
 func (m *Manager) missingCard(v store.VM, kernels []store.Kernel) string {
 	if m.programs.Net == "" {
+		if n := v.Network; m.ability.NoNetwork != "" && wanted(n.Preset, n.Allow, n.Publish) {
+			return "it has no network: " + m.ability.NoNetwork
+		}
 		return ""
 	}
 	for _, k := range kernels {
