@@ -46,6 +46,8 @@ bench: deps build ## banger against the bare thing, in interleaved pairs
 
 test-host: test-deps build bin/testhost ## the tests that need KVM, device-mapper and systemd, in a test host
 	@bin/testhost test
+	@bin/testhost test -reboot orderly
+	@bin/testhost test -reboot cut
 
 test-host-shell: test-deps build bin/testhost ## a root shell in the test host
 	@bin/testhost shell

@@ -23,6 +23,8 @@ import (
 //	qemu      there is a qemu-system-x86_64 in PATH
 //	node      there are node, and npm in one directory with all that it needs
 //	testhost  it runs inside the test host: BANGER_TEST_HOST is set
+//	reboot    it runs there twice, before and after a reboot: BANGER_TEST_BOOT is 1, then 2,
+//	          and BANGER_TEST_REBOOT is orderly, or cut for a power cut
 func Need(t testing.TB, what string) {
 	t.Helper()
 	have, known := probe(what)
@@ -55,6 +57,8 @@ func probe(what string) (have, known bool) {
 		return hasNode(), true
 	case "testhost":
 		return os.Getenv("BANGER_TEST_HOST") != "", true
+	case "reboot":
+		return os.Getenv("BANGER_TEST_REBOOT") != "", true
 	}
 	return false, false
 }

@@ -80,6 +80,7 @@ func (j job) run(ctx context.Context, in io.Reader, out io.Writer) (int, error) 
 		ends = []string{j.reboot, j.end}
 	}
 	for i, end := range ends {
+		os.Remove(filepath.Join(j.results, "started"))
 		mark := rand.Text()
 		if err := j.writeSettings(dir, mark, end, i+1); err != nil {
 			return 0, err
@@ -87,11 +88,12 @@ func (j job) run(ctx context.Context, in io.Reader, out io.Writer) (int, error) 
 		m.console = filepath.Join(j.results, fmt.Sprintf("console.%d", i+1))
 		begin := time.Now()
 		status, err := m.boot(ctx, mark, end == "orderly", in, out)
+		if !j.shell {
+			started, _ := os.ReadFile(filepath.Join(j.results, "started"))
+			progress("boot %d took %.1f s; %s", i+1, time.Since(begin).Seconds(), strings.TrimSpace(string(started)))
+		}
 		if err != nil || status != 0 {
 			return status, err
-		}
-		if started, err := os.ReadFile(filepath.Join(j.results, "started")); err == nil && !j.shell {
-			progress("%s; boot %d took %.1f s", strings.TrimSpace(string(started)), i+1, time.Since(begin).Seconds())
 		}
 	}
 	return 0, nil
@@ -120,8 +122,8 @@ func (j job) writeSettings(dir, mark, end string, boot int) error {
 	if j.shell {
 		port = "/dev/hvc0"
 	}
-	settings := fmt.Sprintf("TESTHOST_MARK=%s TESTHOST_END=%s TESTHOST_BOOT=%d TESTHOST_PORT=%s TESTHOST_TERM=%s TESTHOST_SIZE=%s\n",
-		mark, end, boot, port, quote(j.term), quote(j.size))
+	settings := fmt.Sprintf("TESTHOST_MARK=%s TESTHOST_END=%s TESTHOST_BOOT=%d TESTHOST_REBOOT=%s TESTHOST_PORT=%s TESTHOST_TERM=%s TESTHOST_SIZE=%s\n",
+		mark, end, boot, j.reboot, port, quote(j.term), quote(j.size))
 	return os.WriteFile(filepath.Join(dir, "settings"), []byte(settings), 0o644)
 }
 

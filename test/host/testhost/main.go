@@ -74,7 +74,7 @@ func parse(verb string, args []string) (o options, rest []string, err error) {
 	flags.IntVar(&o.memory, "memory", 6144, "memory in `MIB`")
 	flags.DurationVar(&o.timeout, "timeout", 30*time.Minute, "of all, but the wait for another test host")
 	if verb == "test" {
-		flags.StringVar(&o.pattern, "run", "", "which tests, a `REGEXP` (default those that need testhost)")
+		flags.StringVar(&o.pattern, "run", "", "which tests, a `REGEXP` (default those that need testhost, with -reboot those that need reboot)")
 		flags.BoolVar(&o.verbose, "v", false, "name each test")
 	}
 	if err := flags.Parse(args); err != nil {
@@ -170,7 +170,11 @@ func test(ctx context.Context, o options, args []string) (int, error) {
 	if o.verbose {
 		flags = append(flags, "-test.v")
 	}
-	packages, err := findPackages(ctx, o.tree, names, o.pattern)
+	what := "testhost"
+	if o.reboot != "" {
+		what = "reboot"
+	}
+	packages, err := findPackages(ctx, o.tree, names, what, o.pattern)
 	if err != nil {
 		return 0, err
 	}

@@ -28,6 +28,8 @@ mmdebstrap --quiet --mode=root --variant=minbase --aptopt='Apt::Install-Recommen
 
 echo testhost > "$root/etc/hostname"
 echo '127.0.0.1 localhost testhost' > "$root/etc/hosts"
+# The same machine at each boot, because the root disk forgets.
+echo 7e57405700000000000000000000ba49 > "$root/etc/machine-id"
 # The second disk has the state: it alone outlives a run, if the run says so.
 cat > "$root/etc/fstab" <<'END'
 /dev/vda / ext4 rw,noatime 0 0

@@ -25,7 +25,7 @@ wait $! || echo "testhost: a module does not load" >&2
 
 export HOME=/root USER=root LANG=C.UTF-8 TERM="$TESTHOST_TERM"
 export PATH=/host/bin:/host/firecracker:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
-export BANGER_TEST_HOST=1 BANGER_TEST_BOOT="$TESTHOST_BOOT" BANGER_TEST_REQUIRE=testhost,root
+export BANGER_TEST_HOST=1 BANGER_TEST_BOOT="$TESTHOST_BOOT" BANGER_TEST_REBOOT="$TESTHOST_REBOOT" BANGER_TEST_REQUIRE=testhost,root
 export BANGER_TEST_CACHE=/host/cache BANGER_FIRECRACKER_DIR=/host/firecracker TMPDIR=/var/lib/tmp
 read -r up _ </proc/uptime
 echo "job started $up s after the kernel" >/host/results/started

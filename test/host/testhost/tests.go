@@ -25,8 +25,8 @@ type testPackage struct {
 func (p testPackage) binary() string { return strings.ReplaceAll(p.dir, "/", "-") + ".test" }
 
 // findTests gives the tests of a package that are for the test host: those that call
-// need.Need with "testhost", themselves or through functions of their test files.
-func findTests(dir string) ([]string, error) {
+// need.Need with what, themselves or through functions of their test files.
+func findTests(dir, what string) ([]string, error) {
 	files, err := filepath.Glob(filepath.Join(dir, "*_test.go"))
 	if err != nil {
 		return nil, err
@@ -48,7 +48,7 @@ func findTests(dir string) ([]string, error) {
 				case *ast.Ident:
 					calls[f.Name.Name] = append(calls[f.Name.Name], n.Name)
 				case *ast.CallExpr:
-					if isNeed(n) {
+					if isNeed(n, what) {
 						needs[f.Name.Name] = true
 					}
 				}
@@ -74,19 +74,19 @@ func findTests(dir string) ([]string, error) {
 	return tests, nil
 }
 
-// isNeed tells need.Need(t, "testhost").
-func isNeed(c *ast.CallExpr) bool {
+// isNeed tells need.Need(t, what).
+func isNeed(c *ast.CallExpr, what string) bool {
 	s, ok := c.Fun.(*ast.SelectorExpr)
 	if !ok || s.Sel.Name != "Need" || len(c.Args) != 2 {
 		return false
 	}
 	l, ok := c.Args[1].(*ast.BasicLit)
-	return ok && l.Value == strconv.Quote("testhost")
+	return ok && l.Value == strconv.Quote(what)
 }
 
-// findPackages looks for tests in the packages that go knows by these names; run, if not
-// empty, takes the place of what was found.
-func findPackages(ctx context.Context, tree string, names []string, run string) ([]testPackage, error) {
+// findPackages looks for tests that need what, in the packages that go knows by these
+// names; run, if not empty, takes the place of what was found.
+func findPackages(ctx context.Context, tree string, names []string, what, run string) ([]testPackage, error) {
 	list := exec.CommandContext(ctx, "go", append([]string{"list", "-f", "{{.Dir}} {{.ImportPath}}"}, names...)...)
 	list.Dir, list.Stderr = tree, os.Stderr
 	out, err := list.Output()
@@ -101,7 +101,7 @@ func findPackages(ctx context.Context, tree string, names []string, run string) 
 			return nil, err
 		}
 		p := testPackage{dir: dir, path: strings.TrimSpace(line[at:]), run: run}
-		tests, err := findTests(line[:at])
+		tests, err := findTests(line[:at], what)
 		if err != nil {
 			return nil, err
 		}
@@ -114,7 +114,7 @@ func findPackages(ctx context.Context, tree string, names []string, run string) 
 		found = append(found, p)
 	}
 	if len(found) == 0 {
-		return nil, fmt.Errorf("cannot find a test for the test host in %s", strings.Join(names, " "))
+		return nil, fmt.Errorf("cannot find a test that needs %s in %s", what, strings.Join(names, " "))
 	}
 	return found, nil
 }
