@@ -4,14 +4,13 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
-
-	"github.com/miekg/dns"
 
 	"banger/internal/netpolicy"
 	"banger/internal/netwire"
@@ -26,7 +25,7 @@ const (
 	dnsLocalTTL  = 60 // seconds, of the answers that are ours
 )
 
-// The names below which the answers are ours, beside netwire.HostName.
+// The names below which the answers are ours, beside netpolicy.HostName.
 const (
 	dnsOurs      = "banger.internal"
 	dnsLocalhost = "localhost"
@@ -42,7 +41,7 @@ type resolverOptions struct {
 	refuse     func(netwire.Entry)     // counts and logs
 	names      *names                  // learns the answers
 	resolvConf string                  // path of the host's resolv.conf
-	hostAddr   netip.Addr              // of netwire.HostName
+	hostAddr   netip.Addr              // of netpolicy.HostName
 }
 
 // resolver answers the guest's questions: from the host's resolvers as far as the policy
@@ -59,69 +58,95 @@ func newResolver(o resolverOptions) *resolver {
 
 // reply is an answer that is being made.
 type reply struct {
-	dns.Msg
-	edns    bool
-	dnssec  bool
-	size    int // that the guest takes
-	problem *dns.EDNS0_EDE
+	dnsMessage
+	edns   bool
+	dnssec bool
+	size   int // that the guest takes
+	// problem says what tools show of an error, its code first (RFC 8914).
+	problem []byte
 }
+
+// The codes of a problem.
+const (
+	problemBlocked  = 15
+	problemFiltered = 17
+	problemNoServer = 22
+	problemText     = 200 // bytes: the smallest answer has room for it
+)
+
+// The fields of OPT, which is a record like others to who does not know it (RFC 6891).
+const (
+	optDNSSEC  = 1 << 15 // of the TTL, as are the version and the upper bits of the rcode
+	optProblem = 15
+)
 
 // exchange answers one message of the guest. It is nil for what is no question at all.
 func (r *resolver) exchange(ctx context.Context, packet []byte, tcp bool) []byte {
 	if len(packet) < dnsHeader || packet[2]&0x80 != 0 {
 		return nil // an answer to an answer could go on for ever
 	}
-	if opcode := packet[2] >> 3 & 15; opcode != dns.OpcodeQuery {
-		return headerOnly(packet, dns.RcodeNotImplemented)
+	if opcode := packet[2] >> 3 & 15; opcode != 0 {
+		return headerOnly(packet, rcodeNotImplemented)
 	}
-	count := func(section int) int { return int(binary.BigEndian.Uint16(packet[4+2*section:])) }
-	// The counts bound what Unpack makes: an OPT and a signature are all that may follow.
-	if len(packet) > dnsQuery || count(0) != 1 || count(1) != 0 || count(2) != 0 || count(3) > 2 {
-		return headerOnly(packet, dns.RcodeFormatError)
-	}
-	var m dns.Msg
-	if err := m.Unpack(packet); err != nil || len(m.Question) != 1 {
-		return headerOnly(packet, dns.RcodeFormatError)
-	}
-	a := &reply{size: dns.MinMsgSize}
-	a.Id, a.Response, a.Question = m.Id, true, m.Question
-	a.RecursionDesired, a.RecursionAvailable, a.CheckingDisabled = m.RecursionDesired, true, m.CheckingDisabled
-	q := query{question: m.Question[0], unchecked: m.CheckingDisabled, authentic: m.AuthenticatedData}
-	bad := false
-	for _, rr := range m.Extra {
-		if opt, ok := rr.(*dns.OPT); ok {
-			bad = bad || a.edns || opt.Hdr.Name != "."
-			a.edns, a.dnssec, a.size = true, opt.Do(), min(max(int(opt.UDPSize()), dns.MinMsgSize), dnsLargest)
-			if opt.Version() != 0 {
-				a.Rcode = dns.RcodeBadVers
-			}
-		}
+	q, a, ok := readQuery(packet)
+	if !ok {
+		return headerOnly(packet, rcodeFormatError)
 	}
 	if tcp {
-		a.size = dns.MaxMsgSize
+		a.size = dnsMost
 	}
-	q.dnssec = a.dnssec
-	switch {
-	case bad:
-		return headerOnly(packet, dns.RcodeFormatError)
-	case a.Rcode == 0:
+	if a.rcode == 0 {
 		r.answer(ctx, q, a)
 	}
-	return a.pack(packet)
+	return a.finish(packet)
+}
+
+// readQuery reads the guest's question, and begins the answer to it. ok is false for one
+// that is broken. An OPT and a signature are all that may follow a question.
+func readQuery(packet []byte) (q query, a *reply, ok bool) {
+	count := func(section int) int { return int(binary.BigEndian.Uint16(packet[4+2*section:])) }
+	if len(packet) > dnsQuery || count(0) != 1 || count(1) != 0 || count(2) != 0 || count(3) > 2 {
+		return q, nil, false
+	}
+	question, off, err := parseQuestion(packet)
+	if err != nil {
+		return q, nil, false
+	}
+	bits := binary.BigEndian.Uint16(packet[2:])
+	a = &reply{size: dnsLeast}
+	a.id, a.question = binary.BigEndian.Uint16(packet), question
+	a.bits = bitResponse | bitRecursionAvailable | bits&(bitRecursionDesired|bitUnchecked)
+	for range count(3) {
+		var rr dnsRecord
+		if rr, off, err = parseRecord(packet, off); err != nil {
+			return q, nil, false
+		}
+		if rr.kind != typeOPT {
+			continue
+		}
+		if a.edns || rr.name != "\x00" {
+			return q, nil, false
+		}
+		a.edns, a.dnssec, a.size = true, rr.ttl&optDNSSEC != 0, min(max(int(rr.class), dnsLeast), dnsLargest)
+		if version := rr.ttl >> 16 & 255; version != 0 {
+			a.rcode = rcodeBadVersion
+		}
+	}
+	return query{question: question, dnssec: a.dnssec, unchecked: bits&bitUnchecked != 0, authentic: bits&bitAuthentic != 0}, a, true
 }
 
 // answer fills in a.
 func (r *resolver) answer(ctx context.Context, q query, a *reply) {
-	kind, name := q.question.Qtype, policyName(q.question.Name)
+	kind, name := q.question.kind, policyName(q.question.name)
 	switch {
-	case q.question.Qclass != dns.ClassINET:
-		a.Rcode = dns.RcodeRefused
+	case q.question.class != classINET:
+		a.rcode = rcodeRefused
 		return
-	case kind == dns.TypeANY:
-		a.Answer = []dns.RR{&dns.HINFO{Hdr: a.header(dns.TypeHINFO), Cpu: "RFC8482"}}
+	case kind == typeANY:
+		a.own(typeHINFO, []byte("\aRFC8482\x00"))
 		return
-	case kind == 0 || kind == dns.TypeOPT || kind >= 128 && kind <= 255:
-		a.Rcode = dns.RcodeRefused // transfers, and what is no kind of record
+	case kind == 0 || kind == typeOPT || kind >= 128 && kind <= 255:
+		a.rcode = rcodeRefused // transfers, and what is no kind of record
 		return
 	case r.local(name, kind, a):
 		return
@@ -132,16 +157,17 @@ func (r *resolver) answer(ctx context.Context, q query, a *reply) {
 	}
 	if !v.Allowed {
 		r.refuse(netwire.Entry{Protocol: "dns", Target: name, Name: name, Reason: v.Reason, Rule: v.Rule})
-		a.Rcode = dns.RcodeRefused
-		a.explain(dns.ExtendedErrorCodeBlocked, v.Reason)
+		// Not REFUSED: some resolvers, musl's among them, go on waiting after it.
+		a.rcode = rcodeNameError
+		a.explain(problemBlocked, v.Reason)
 		return
 	}
 	if reason := r.reverse(name); reason != "" {
-		a.Rcode = dns.RcodeNameError
-		a.explain(dns.ExtendedErrorCodeFiltered, reason)
+		a.rcode = rcodeNameError
+		a.explain(problemFiltered, reason)
 		return
 	}
-	if kind == dns.TypeAAAA {
+	if kind == typeAAAA {
 		return // the guest has no IPv6
 	}
 	r.forward(ctx, q, a)
@@ -150,23 +176,24 @@ func (r *resolver) answer(ctx context.Context, q query, a *reply) {
 // local answers for the names that are inside, and is false for the others.
 func (r *resolver) local(name string, kind uint16, a *reply) bool {
 	address := func(addr netip.Addr) {
-		if kind == dns.TypeA {
-			a.Answer = []dns.RR{&dns.A{Hdr: a.header(dns.TypeA), A: addr.AsSlice()}}
+		if kind == typeA {
+			a.own(typeA, addr.AsSlice())
 		}
 	}
-	gateway, _ := dns.ReverseAddr(r.hostAddr.String())
+	four := r.hostAddr.As4()
+	gateway := fmt.Sprintf("%d.%d.%d.%d.in-addr.arpa", four[3], four[2], four[1], four[0])
 	switch {
-	case name == netwire.HostName:
+	case name == netpolicy.HostName:
 		address(r.hostAddr)
 	case within(name, dnsLocalhost):
 		address(netip.AddrFrom4([4]byte{127, 0, 0, 1}))
-	case dns.Fqdn(name) == gateway:
-		if kind == dns.TypePTR {
-			a.Answer = []dns.RR{&dns.PTR{Hdr: a.header(dns.TypePTR), Ptr: dns.Fqdn(netwire.HostName)}}
+	case name == gateway:
+		if kind == typePTR {
+			a.own(typePTR, []byte(newName(netpolicy.HostName)))
 		}
 	case name == dnsOurs, within(name, dnsDiscovery):
 	case within(name, dnsOurs):
-		a.Rcode = dns.RcodeNameError
+		a.rcode = rcodeNameError
 	default:
 		return false
 	}
@@ -239,8 +266,8 @@ func lastOf(p netip.Prefix) netip.Addr {
 func (r *resolver) forward(ctx context.Context, q query, a *reply) {
 	m, err := r.upstream.ask(ctx, q)
 	if err != nil {
-		a.Rcode = dns.RcodeServerFailure
-		a.explain(dns.ExtendedErrorCodeNoReachableAuthority, err.Error())
+		a.rcode = rcodeServerFailure
+		a.explain(problemNoServer, err.Error())
 		var away *unreachable
 		if errors.As(err, &away) && ctx.Err() == nil {
 			target := r.upstream.path
@@ -251,42 +278,53 @@ func (r *resolver) forward(ctx context.Context, q query, a *reply) {
 		}
 		return
 	}
-	if a.Rcode = m.Rcode; a.Rcode > 15 {
-		a.Rcode = dns.RcodeServerFailure
+	if a.rcode = m.rcode; a.rcode > 15 {
+		a.rcode = rcodeServerFailure
 	}
 	c := r.clean(m)
-	a.Answer, a.Ns, a.Extra = c.answer, c.ns, c.extra
-	a.AuthenticatedData = m.AuthenticatedData && !c.changed
+	a.answer, a.ns, a.extra = c.answer, c.ns, c.extra
+	if !c.changed {
+		a.bits |= m.bits & bitAuthentic
+	}
 	if c.emptied != "" {
-		a.explain(dns.ExtendedErrorCodeFiltered, c.emptied)
+		a.explain(problemFiltered, c.emptied)
 	}
 }
 
-func (a *reply) header(kind uint16) dns.RR_Header {
-	return dns.RR_Header{Name: a.Question[0].Name, Rrtype: kind, Class: dns.ClassINET, Ttl: dnsLocalTTL}
+// own adds a record that is ours.
+func (a *reply) own(kind uint16, data []byte) {
+	a.answer = append(a.answer, dnsRecord{name: a.question.name, kind: kind, class: classINET, ttl: dnsLocalTTL, data: data})
 }
 
-// explain adds what a user's tools show of an error (RFC 8914).
+// explain adds what a user's tools show of an error.
 func (a *reply) explain(code uint16, text string) {
-	a.problem = &dns.EDNS0_EDE{InfoCode: code, ExtraText: text}
+	a.problem = append(binary.BigEndian.AppendUint16(nil, code), text[:min(len(text), problemText)]...)
 }
 
-// pack writes a, cut to what the guest takes.
-func (a *reply) pack(packet []byte) []byte {
+// finish writes a, cut to what the guest takes.
+func (a *reply) finish(packet []byte) []byte {
+	var opt *dnsRecord
 	if a.edns {
-		a.SetEdns0(dnsLargest, a.dnssec)
+		opt = newOPT(dnsLargest, a.rcode, a.dnssec)
 		if a.problem != nil {
-			opt := a.IsEdns0()
-			opt.Option = append(opt.Option, a.problem)
+			opt.data = binary.BigEndian.AppendUint16(opt.data, optProblem)
+			opt.data = binary.BigEndian.AppendUint16(opt.data, uint16(len(a.problem)))
+			opt.data = append(opt.data, a.problem...)
 		}
 	}
-	a.Truncate(a.size)
-	a.Compress = true
-	out, err := a.Pack()
-	if err != nil || len(out) > a.size {
-		return headerOnly(packet, dns.RcodeServerFailure)
+	out := a.pack(a.size, opt)
+	if len(out) > a.size {
+		return headerOnly(packet, rcodeServerFailure)
 	}
 	return out
+}
+
+func newOPT(size uint16, rcode int, dnssec bool) *dnsRecord {
+	opt := &dnsRecord{name: "\x00", kind: typeOPT, class: size, ttl: uint32(rcode>>4) << 24}
+	if dnssec {
+		opt.ttl |= optDNSSEC
+	}
+	return opt
 }
 
 // headerOnly answers what cannot be understood, or its answer not be written.

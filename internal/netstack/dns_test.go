@@ -2,7 +2,9 @@ package netstack
 
 import (
 	"context"
+	"encoding/binary"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -281,7 +283,10 @@ func TestDNSAnswersAreJudged(t *testing.T) {
 func TestDNSForwards(t *testing.T) {
 	for kind, data := range map[uint16]string{
 		dns.TypeTXT: `"some text"`, dns.TypeMX: "10 m.example.", dns.TypeSRV: "1 2 443 s.example.", dns.TypePTR: "p.example.", dns.TypeNS: "n.example.",
-		dns.TypeSOA: "n.example. h.example. 1 2 3 4 5", dns.TypeCAA: `0 issue "ca.example"`, dns.TypeCNAME: "c.example.", 65280: `\# 3 010203`,
+		dns.TypeSOA: `n.example. a\.b.example. 1 2 3 4 5`, dns.TypeCAA: `0 issue "ca.example"`, dns.TypeCNAME: "c.example.", 65280: `\# 3 010203`,
+		dns.TypeMINFO: "a.example. b.example.", dns.TypeRP: "a.example. b.example.", dns.TypePX: "1 a.example. b.example.", dns.TypeHINFO: `"c" "o"`,
+		dns.TypeNAPTR: `1 2 "s" "" "!^.*$!x!" r.example.`, dns.TypeDNAME: "d.example.", dns.TypeAFSDB: "1 a.example.", dns.TypeNSEC: "n.example. A MX",
+		dns.TypeRRSIG: "A 13 2 300 20260101000000 20250101000000 7 example. AQID",
 	} {
 		record := "Q.eXample. " + dns.Type(kind).String() + " " + data
 		a := newAsked(t, "nameserver "+serve(t, zone(record)))
@@ -289,6 +294,35 @@ func TestDNSForwards(t *testing.T) {
 		m.RecursionDesired = false
 		if got := summary(a.send(m, false)); got != "NOERROR; "+record {
 			t.Errorf("%q, want %q", got, record)
+		}
+	}
+}
+
+// TestDNSNamesInData: a pointer means something else in another message, so the names that
+// it stands for are written in full, or as a pointer of ours.
+func TestDNSNamesInData(t *testing.T) {
+	const name = "\xc0\x0c" // that of the question
+	soa := name + "\x03a.b" + name + strings.Repeat("\x00", 20)
+	for kind, c := range map[uint16]struct{ data, want string }{
+		dns.TypeRP:    {"\x01m" + name + name, "m.q.example. q.example."},
+		dns.TypeNAPTR: {"\x00\x01\x00\x02\x01s\x00\x00" + name, `1 2 "s" "" "" q.example.`},
+		dns.TypeSRV:   {"\x00\x01\x00\x02\x00\x03\x01s" + name, "1 2 3 s.q.example."},
+		dns.TypeMX:    {"\x00\x01" + name, "1 q.example."},
+		dns.TypeSOA:   {soa, `q.example. a\.b.q.example. 0 0 0 0 0`},
+		dns.TypeHTTPS: {"\x00\x01\x01s" + name + "\x00\x04\x00\x04\x0a\x00\x00\x01", "1 s.q.example."},
+		dns.TypeAFSDB: {"\x00\x01" + name, "1 q.example."},
+	} {
+		a := newAsked(t, "nameserver "+deaf(t, func(p []byte, from net.Addr, conn net.PacketConn) {
+			p[2], p[7], p[11] = p[2]|0x80, 1, 0
+			p = p[:len(p)-11] // OPT
+			p = binary.BigEndian.AppendUint16(append(p, name...), kind)
+			p = binary.BigEndian.AppendUint16(append(p, 0, 1, 0, 0, 0, 9), uint16(len(c.data)))
+			conn.WriteTo(append(p, c.data...), from)
+		}))
+		m := question("q.example.", kind)
+		want := "NOERROR; q.example. " + dns.Type(kind).String() + " " + c.want
+		if got := summary(a.send(m, false)); got != want {
+			t.Errorf("%q, want %q", got, want)
 		}
 	}
 }
@@ -336,7 +370,7 @@ func TestDNSNamesOfThePolicy(t *testing.T) {
 		for _, kind := range []uint16{dns.TypeA, dns.TypeAAAA, dns.TypeTXT} {
 			got := summary(a.ask(name, kind))
 			reason := strings.Split(want, "|")[2]
-			if got != "REFUSED; 15 "+reason {
+			if got != "NXDOMAIN; 15 "+reason {
 				t.Errorf("%s: %q", name, got)
 			}
 			if got := a.refusals(); !slices.Equal(got, []string{want}) {
@@ -351,7 +385,7 @@ func TestDNSNamesOfThePolicy(t *testing.T) {
 	if got := summary(a.ask("other.test.", dns.TypeA)); !strings.HasPrefix(got, "NOERROR") {
 		t.Errorf("after a change: %q", got)
 	}
-	if got := summary(a.ask("a.allowed.test.", dns.TypeA)); !strings.HasPrefix(got, "REFUSED") {
+	if got := summary(a.ask("a.allowed.test.", dns.TypeA)); !strings.HasPrefix(got, "NXDOMAIN; 15 denied by the rule") {
 		t.Errorf("after a change: %q", got)
 	}
 	if got := summary(a.ask("host.banger.internal.", dns.TypeA)); !strings.HasSuffix(got, "10.0.2.2") {

@@ -6,10 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"strings"
 	"time"
-
-	"github.com/miekg/dns"
 
 	"banger/internal/netwire"
 )
@@ -20,7 +17,6 @@ const (
 	answerRecords = 256
 	answerAliases = 16
 	answerLogged  = 8 // refused addresses that are logged one by one
-	dnsHeader     = 12
 )
 
 var errShortAnswer = errors.New("the answer has fewer records than it promises")
@@ -28,46 +24,41 @@ var errShortAnswer = errors.New("the answer has fewer records than it promises")
 // parseAnswer reads the answer to the question m. It reads no more records than are kept,
 // whatever the header promises: 4,000 records with long names would unpack to megabytes.
 // The error is errNotTheAnswer for a packet that anybody could have sent.
-func parseAnswer(packet []byte, m *dns.Msg) (*dns.Msg, error) {
-	if len(packet) < dnsHeader || binary.BigEndian.Uint16(packet) != m.Id {
+func parseAnswer(packet []byte, m *dnsMessage) (*dnsMessage, error) {
+	if len(packet) < dnsHeader || binary.BigEndian.Uint16(packet) != m.id {
 		return nil, errNotTheAnswer
 	}
 	bits := binary.BigEndian.Uint16(packet[2:])
-	const response, opcode, truncated, authentic = 1 << 15, 15 << 11, 1 << 9, 1 << 5
-	if bits&response == 0 || bits&opcode != 0 {
+	if bits&bitResponse == 0 || bits&bitsOpcode != 0 {
 		return nil, errNotTheAnswer
 	}
 	count := func(section int) int { return int(binary.BigEndian.Uint16(packet[4+2*section:])) }
-	answer := &dns.Msg{Question: m.Question}
-	answer.Id, answer.Response, answer.Rcode = m.Id, true, int(bits&15)
-	answer.Truncated, answer.AuthenticatedData = bits&truncated != 0, bits&authentic != 0
+	answer := &dnsMessage{id: m.id, bits: bits &^ 15, rcode: int(bits & 15), question: m.question}
 	if count(0) == 0 && !usable(answer) {
 		return answer, nil // some servers send errors without the question
 	}
 	if count(0) != 1 {
 		return nil, errNotTheAnswer
 	}
-	name, off, err := dns.UnpackDomainName(packet, dnsHeader)
-	if err != nil || len(packet) < off+4 {
+	q, off, err := parseQuestion(packet)
+	if err != nil || policyName(q.name) != policyName(m.question.name) || q.kind != m.question.kind || q.class != m.question.class {
 		return nil, errNotTheAnswer
 	}
-	kind, class := binary.BigEndian.Uint16(packet[off:]), binary.BigEndian.Uint16(packet[off+2:])
-	if q := m.Question[0]; dns.CanonicalName(name) != dns.CanonicalName(q.Name) || kind != q.Qtype || class != q.Qclass {
-		return nil, errNotTheAnswer
-	}
-	if answer.Truncated {
+	if answer.truncated() {
 		return answer, nil
 	}
-	off += 4
 	room := answerRecords
-	for i, section := range []*[]dns.RR{&answer.Answer, &answer.Ns, &answer.Extra} {
+	for i, section := range []*[]dnsRecord{&answer.answer, &answer.ns, &answer.extra} {
 		for range min(count(i+1), room) {
-			var rr dns.RR
+			var rr dnsRecord
 			if off >= len(packet) {
-				return nil, errShortAnswer // UnpackRR would make an empty record of it
+				return nil, errShortAnswer
 			}
-			if rr, off, err = dns.UnpackRR(packet, off); err != nil {
+			if rr, off, err = parseRecord(packet, off); err != nil {
 				return nil, fmt.Errorf("cannot understand the answer: %w", err)
+			}
+			if rr.kind == typeOPT && section == &answer.extra {
+				answer.rcode |= int(rr.ttl>>24) << 4
 			}
 			*section = append(*section, rr)
 		}
@@ -75,27 +66,18 @@ func parseAnswer(packet []byte, m *dns.Msg) (*dns.Msg, error) {
 			break
 		}
 	}
-	if opt := answer.IsEdns0(); opt != nil {
-		answer.Rcode |= opt.ExtendedRcode()
-	}
 	return answer, nil
 }
 
-// policyName is a name as policies and people write it.
-func policyName(name string) string {
-	if name == "." {
-		return name
-	}
-	return strings.TrimSuffix(dns.CanonicalName(name), ".")
-}
+func (m *dnsMessage) truncated() bool { return m.bits&bitTruncated != 0 }
 
 // aliases returns the question's name and those that it leads to by CNAME, in order.
-func aliases(question string, answer []dns.RR) []string {
+func aliases(question dnsName, answer []dnsRecord) []string {
 	target := make(map[string]string)
 	for _, rr := range answer {
-		if c, ok := rr.(*dns.CNAME); ok && c.Hdr.Class == dns.ClassINET {
-			if owner := policyName(c.Hdr.Name); target[owner] == "" {
-				target[owner] = policyName(c.Target)
+		if rr.kind == typeCNAME && rr.class == classINET && len(rr.data) > 0 {
+			if owner := policyName(rr.name); target[owner] == "" {
+				target[owner] = policyName(dnsName(rr.data))
 			}
 		}
 	}
@@ -112,7 +94,7 @@ func aliases(question string, answer []dns.RR) []string {
 
 // cleaned is what of an answer the guest gets.
 type cleaned struct {
-	answer, ns, extra []dns.RR
+	answer, ns, extra []dnsRecord
 	// changed: records are missing, so that nobody can vouch for the rest.
 	changed bool
 	// emptied says why an answer that had addresses has none; "" else.
@@ -123,19 +105,17 @@ type cleaned struct {
 // among it, and notes by which names it learns the rest. Addresses count in the answer to
 // a question for addresses only: elsewhere they are a service to whoever believes them,
 // and a guest that asks for them by name gets them judged by name.
-func (r *resolver) clean(m *dns.Msg) (c cleaned) {
-	question := m.Question[0]
-	chain := aliases(question.Name, m.Answer)
+func (r *resolver) clean(m *dnsMessage) (c cleaned) {
+	chain := aliases(m.question.name, m.answer)
 	kept, refused := 0, 0
-	for _, rr := range m.Answer {
-		address, isA := rr.(*dns.A)
-		if !isA || question.Qtype != dns.TypeA || address.Hdr.Class != dns.ClassINET {
+	for _, rr := range m.answer {
+		if rr.kind != typeA || m.question.kind != typeA || rr.class != classINET {
 			c.keep(&c.answer, rr)
 			continue
 		}
-		addr, ok := netip.AddrFromSlice(address.A.To4())
-		at := slices.Index(chain, policyName(address.Hdr.Name))
-		if !ok || at < 0 {
+		addr, ok := netip.AddrFromSlice(rr.data)
+		at := slices.Index(chain, policyName(rr.name))
+		if !ok || !addr.Is4() || at < 0 {
 			c.changed = true
 			continue
 		}
@@ -145,9 +125,8 @@ func (r *resolver) clean(m *dns.Msg) (c cleaned) {
 			continue
 		}
 		kept++
-		r.names.learn(chain[:at+1], addr, time.Duration(address.Hdr.Ttl)*time.Second)
-		capTTL(rr)
-		c.answer = append(c.answer, rr)
+		r.names.learn(chain[:at+1], addr, time.Duration(rr.ttl)*time.Second)
+		c.answer = append(c.answer, rr.capped())
 	}
 	if kept > 0 {
 		c.emptied = ""
@@ -155,10 +134,10 @@ func (r *resolver) clean(m *dns.Msg) (c cleaned) {
 	if c.emptied != "" {
 		return cleaned{changed: true, emptied: c.emptied}
 	}
-	for _, rr := range m.Ns {
+	for _, rr := range m.ns {
 		c.keep(&c.ns, rr)
 	}
-	for _, rr := range m.Extra {
+	for _, rr := range m.extra {
 		c.keep(&c.extra, rr)
 	}
 	return c
@@ -180,46 +159,70 @@ func (r *resolver) judge(name string, addr netip.Addr, log bool) string {
 }
 
 // keep adds a record that is no answer with an address, without the addresses in it.
-func (c *cleaned) keep(section *[]dns.RR, rr dns.RR) {
-	h := rr.Header()
-	switch h.Rrtype {
-	case dns.TypeOPT:
+func (c *cleaned) keep(section *[]dnsRecord, rr dnsRecord) {
+	switch rr.kind {
+	case typeOPT:
 		return
-	case dns.TypeA, dns.TypeAAAA, dns.TypeTSIG, dns.TypeSIG, dns.TypeTKEY:
+	case typeA, typeAAAA, typeTSIG, typeSIG, typeTKEY:
+		c.changed = true
+		return
+	case typeSVCB, typeHTTPS:
+		data, ok := withoutHints(rr.data)
+		if !ok {
+			c.changed = true
+			return
+		}
+		c.changed = c.changed || len(data) < len(rr.data)
+		rr.data = data
+	}
+	if rr.class != classINET {
 		c.changed = true
 		return
 	}
-	if h.Class != dns.ClassINET || !c.withoutHints(rr) {
-		c.changed = true
-		return
-	}
-	capTTL(rr)
-	*section = append(*section, rr)
+	*section = append(*section, rr.capped())
 }
 
-// withoutHints takes the addresses out of HTTPS and SVCB records. It is false for a
-// record that is nothing without them.
-func (c *cleaned) withoutHints(rr dns.RR) bool {
-	var svcb *dns.SVCB
-	switch rr := rr.(type) {
-	case *dns.SVCB:
-		svcb = rr
-	case *dns.HTTPS:
-		svcb = &rr.SVCB
-	default:
-		return true
+// The parameters of HTTPS and SVCB records that have to do with addresses (RFC 9460, 14.3.2).
+const (
+	paramMandatory = 0
+	paramIPv4Hint  = 4
+	paramIPv6Hint  = 6
+)
+
+// withoutHints takes the addresses out of the data of an HTTPS or SVCB record. It is false
+// for one that is nothing without them, or broken.
+func withoutHints(data []byte) (kept []byte, ok bool) {
+	if len(data) == 0 {
+		return nil, false
 	}
-	before := len(svcb.Value)
-	hint := func(key dns.SVCBKey) bool { return key == dns.SVCB_IPV4HINT || key == dns.SVCB_IPV6HINT }
-	svcb.Value = slices.DeleteFunc(svcb.Value, func(v dns.SVCBKeyValue) bool { return hint(v.Key()) })
-	c.changed = c.changed || len(svcb.Value) < before
-	return !slices.ContainsFunc(svcb.Value, func(v dns.SVCBKeyValue) bool {
-		mandatory, ok := v.(*dns.SVCBMandatory)
-		return ok && slices.ContainsFunc(mandatory.Code, hint)
-	})
+	hint := func(key uint16) bool { return key == paramIPv4Hint || key == paramIPv6Hint }
+	at := 2 + nameSize(data[2:]) // behind the priority and the target
+	kept = slices.Clone(data[:at])
+	for rest := data[at:]; len(rest) > 0; {
+		if len(rest) < 4 {
+			return nil, false
+		}
+		key, size := binary.BigEndian.Uint16(rest), 4+int(binary.BigEndian.Uint16(rest[2:]))
+		if size > len(rest) {
+			return nil, false
+		}
+		if key == paramMandatory {
+			for i := 4; i+2 <= size; i += 2 {
+				if hint(binary.BigEndian.Uint16(rest[i:])) {
+					return nil, false
+				}
+			}
+		}
+		if !hint(key) {
+			kept = append(kept, rest[:size]...)
+		}
+		rest = rest[size:]
+	}
+	return kept, true
 }
 
-// capTTL keeps the guest from believing a record for longer than its names are known.
-func capTTL(rr dns.RR) {
-	rr.Header().Ttl = min(rr.Header().Ttl, uint32(answerTTL/time.Second))
+// capped keeps the guest from believing a record for longer than its names are known.
+func (r dnsRecord) capped() dnsRecord {
+	r.ttl = min(r.ttl, uint32(answerTTL/time.Second))
+	return r
 }

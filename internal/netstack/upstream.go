@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/rand"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -16,8 +17,6 @@ import (
 	"sync"
 	"syscall"
 	"time"
-
-	"github.com/miekg/dns"
 )
 
 // The times and sizes of asking the host's resolvers. upstreamUDP is the size that passes
@@ -116,23 +115,29 @@ func parseResolvConf(data []byte) (servers []netip.AddrPort) {
 
 // query is what the guest wants to know from the host's resolver.
 type query struct {
-	question          dns.Question
+	question          dnsQuestion
 	dnssec, unchecked bool // the bits DO and CD
 	authentic         bool // the bit AD: it understands it in the answer
 }
 
-// message is q as it is sent. Nothing else of the guest's packet passes, its address
-// least of all, so every option is ours.
-func (q query) message(edns bool) *dns.Msg {
-	m := &dns.Msg{Question: []dns.Question{q.question}}
-	m.Id = dns.Id()
+// message is q as it is sent, and what its answer is known by. Nothing else of the guest's
+// packet passes, its address least of all, so every option is ours.
+func (q query) message(edns bool) (m *dnsMessage, packed []byte) {
+	var id [2]byte
+	rand.Read(id[:])
 	// A guest that asks for no recursion would only learn what others asked for.
-	m.RecursionDesired = true
-	m.CheckingDisabled, m.AuthenticatedData = q.unchecked, q.authentic
-	if edns {
-		m.SetEdns0(upstreamUDP, q.dnssec)
+	m = &dnsMessage{id: binary.BigEndian.Uint16(id[:]), bits: bitRecursionDesired, question: q.question}
+	if q.unchecked {
+		m.bits |= bitUnchecked
 	}
-	return m
+	if q.authentic {
+		m.bits |= bitAuthentic
+	}
+	var opt *dnsRecord
+	if edns {
+		opt = newOPT(upstreamUDP, 0, q.dnssec)
+	}
+	return m, m.pack(dnsMost, opt)
 }
 
 // unreachable is an error with the servers that it is about.
@@ -146,7 +151,7 @@ func (e *unreachable) Unwrap() error { return e.cause }
 
 // ask returns the first usable answer, or the last one that is none. It ends at once when
 // no server is there.
-func (u *upstream) ask(ctx context.Context, q query) (*dns.Msg, error) {
+func (u *upstream) ask(ctx context.Context, q query) (*dnsMessage, error) {
 	select {
 	case u.slots <- struct{}{}:
 		defer func() { <-u.slots }()
@@ -159,7 +164,7 @@ func (u *upstream) ask(ctx context.Context, q query) (*dns.Msg, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, upstreamOverall)
 	defer cancel()
-	var last *dns.Msg
+	var last *dnsMessage
 	cause := errUnreachable
 	left := slices.Clone(servers)
 	for range upstreamRounds {
@@ -193,8 +198,8 @@ func (u *upstream) ask(ctx context.Context, q query) (*dns.Msg, error) {
 	return nil, &unreachable{servers: servers, cause: cause}
 }
 
-func usable(m *dns.Msg) bool {
-	return m.Rcode == dns.RcodeSuccess || m.Rcode == dns.RcodeNameError
+func usable(m *dnsMessage) bool {
+	return m.rcode == rcodeSuccess || m.rcode == rcodeNameError
 }
 
 func isTimeout(err error) bool {
@@ -216,45 +221,42 @@ func isUnreachable(err error) bool {
 
 // askServer asks by UDP, by TCP when the answer does not fit, and without EDNS when the
 // server does not know it.
-func (u *upstream) askServer(ctx context.Context, server netip.AddrPort, q query) (*dns.Msg, error) {
+func (u *upstream) askServer(ctx context.Context, server netip.AddrPort, q query) (*dnsMessage, error) {
 	ctx, cancel := context.WithTimeout(ctx, upstreamAttempt)
 	defer cancel()
 	answer, err := u.askOnce(ctx, server, q, true)
 	if err != nil {
 		return nil, err
 	}
-	switch answer.Rcode {
-	case dns.RcodeFormatError, dns.RcodeNotImplemented, dns.RcodeBadVers:
+	switch answer.rcode {
+	case rcodeFormatError, rcodeNotImplemented, rcodeBadVersion:
 		return u.askOnce(ctx, server, q, false)
 	}
 	return answer, nil
 }
 
-func (u *upstream) askOnce(ctx context.Context, server netip.AddrPort, q query, edns bool) (*dns.Msg, error) {
-	answer, err := u.exchange(ctx, "udp", server, q.message(edns))
-	if err == nil && answer.Truncated {
-		return u.exchangeTCP(ctx, server, q.message(edns))
+func (u *upstream) askOnce(ctx context.Context, server netip.AddrPort, q query, edns bool) (*dnsMessage, error) {
+	answer, err := u.exchange(ctx, "udp", server, q, edns)
+	if err == nil && answer.truncated() {
+		return u.exchangeTCP(ctx, server, q, edns)
 	}
 	return answer, err
 }
 
-func (u *upstream) exchangeTCP(ctx context.Context, server netip.AddrPort, m *dns.Msg) (*dns.Msg, error) {
+func (u *upstream) exchangeTCP(ctx context.Context, server netip.AddrPort, q query, edns bool) (*dnsMessage, error) {
 	select {
 	case u.tcp <- struct{}{}:
 		defer func() { <-u.tcp }()
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-	return u.exchange(ctx, "tcp", server, m)
+	return u.exchange(ctx, "tcp", server, q, edns)
 }
 
 // exchange opens a socket for one question, so that the kernel picks a new port each
 // time, and connected, so that it takes packets from the server only.
-func (u *upstream) exchange(ctx context.Context, network string, server netip.AddrPort, m *dns.Msg) (*dns.Msg, error) {
-	packed, err := m.Pack()
-	if err != nil {
-		return nil, fmt.Errorf("cannot write the question: %w", err)
-	}
+func (u *upstream) exchange(ctx context.Context, network string, server netip.AddrPort, q query, edns bool) (*dnsMessage, error) {
+	m, packed := q.message(edns)
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, network, server.String())
 	if err != nil {
@@ -269,12 +271,12 @@ func (u *upstream) exchange(ctx context.Context, network string, server netip.Ad
 		if _, err := conn.Write(frame(packed)); err != nil {
 			return nil, err
 		}
-		packet, err := readFrame(conn, dns.MaxMsgSize)
+		packet, err := readFrame(conn, dnsMost)
 		if err != nil {
 			return nil, err
 		}
 		answer, err := parseAnswer(packet, m)
-		if err == nil && answer.Truncated {
+		if err == nil && answer.truncated() {
 			err = errors.New("an answer by TCP is cut short")
 		}
 		return answer, err

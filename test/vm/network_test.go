@@ -268,7 +268,7 @@ func testInternet(n networked) {
 		"tcp " + peerAddress + ":" + servicePort: "refused",
 		"udp " + peerAddress + ":" + servicePort: "refused",
 		"tcp 10.0.2.2:8080":                      "refused",
-		"dns A peer.test":                        "REFUSED",
+		"dns A peer.test":                        "NXDOMAIN",
 	})
 }
 
@@ -385,7 +385,7 @@ func testAllowList(n networked) {
 		"tcp denied.test:" + servicePort:         "no address",
 		"tcp " + deniedTest + ":" + servicePort:  "refused",
 		"tcp " + peerAddress + ":" + servicePort: "refused",
-		"dns A golang.test":                      "REFUSED",
+		"dns A golang.test":                      "NXDOMAIN",
 		"dns A denied.test " + dnsAddress:        "refused",
 		"dns A allowed.test " + dnsAddress:       "refused",
 		"dns A host.banger.internal":             "NOERROR 10.0.2.2",
