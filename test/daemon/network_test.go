@@ -179,6 +179,29 @@ func TestNetworkOfAVM(t *testing.T) {
 	d.stop(t)
 }
 
+// TestWithoutNetwork: a VMM that has no network runs VMs all the same, but for who asks for
+// one.
+func TestWithoutNetwork(t *testing.T) {
+	w := newWorld(t)
+	d := w.start(t, "", 0)
+	c, ctx := d.client(), d.ctx(t)
+	for _, n := range []*bangerv1.Network{{Preset: "lan"}, {Publish: []string{"80:80"}}, {Preset: "none", Allow: []string{"a.test"}}} {
+		_, err := c.vms.Create(ctx, networked(n))
+		wantError(t, err, api.Refused, "VMs have no network here", "banger doctor")
+	}
+	if err := c.do(ctx)(c.vms.Create(ctx, networked(nil))); err != nil {
+		t.Fatal(err)
+	}
+	_, err := c.vms.Set(ctx, &bangerv1.SetVMRequest{Ref: "v", Preset: "internet"})
+	wantError(t, err, api.Refused, "VMs have no network here", "banger doctor")
+	vm, err := c.vms.Set(ctx, &bangerv1.SetVMRequest{Ref: "v", Preset: "none", Deny: []string{"a.test"}})
+	if err != nil || vm.State != bangerv1.VM_RUNNING || vm.Network.Preset != "none" {
+		t.Errorf("%v, %v", vm, err)
+	}
+	w.clear(t, d)
+	d.stop(t)
+}
+
 // TestPortsBeforeTheStart: what the host does not give is an error before a VM is there, or
 // before it starts, and names a way out.
 func TestPortsBeforeTheStart(t *testing.T) {
