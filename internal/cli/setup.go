@@ -34,12 +34,12 @@ It needs root.`,
 			if undo && from != "" {
 				return usage(cmd, "--undo takes no --from")
 			}
+			if undo {
+				return undoFirecracker()
+			}
 			l, err := systemState()
 			if err != nil {
 				return err
-			}
-			if undo {
-				return fcproc.Uninstall(l.Firecracker())
 			}
 			version, err := fcproc.Install(cmd.Context(), l.Firecracker(), l.Cache(), from, a.ui.print)
 			a.ui.clear()
@@ -64,12 +64,32 @@ func systemState() (config.Layout, error) {
 	if err != nil {
 		return l, err
 	}
-	if os.Geteuid() != 0 {
-		return l, api.Errorf(api.Refused, "only root sets up the system's daemon").WithHint("sudo banger setup firecracker")
+	if err := onlyRoot("sudo banger setup firecracker"); err != nil {
+		return l, err
 	}
 	if err := errors.Join(l.Prepare(), l.MarkSystem()); err != nil {
 		return l, err
 	}
 	_, err = l.Instance()
 	return l, err
+}
+
+// undoFirecracker makes nothing: in a directory that is not the system's daemon's nothing
+// was installed, and what lies there is somebody's.
+func undoFirecracker() error {
+	l, err := config.SystemDir()
+	if err != nil {
+		return err
+	}
+	if err := onlyRoot("sudo banger setup firecracker --undo"); err != nil || !l.IsSystem() {
+		return err
+	}
+	return fcproc.Uninstall(l.Firecracker())
+}
+
+func onlyRoot(hint string) error {
+	if os.Geteuid() != 0 {
+		return api.Errorf(api.Refused, "only root sets up the system's daemon").WithHint("%s", hint)
+	}
+	return nil
 }

@@ -134,10 +134,12 @@ func notYet(err error) bool {
 }
 
 // Ending says what an exit code means, see FcExitCode in src/vmm/src/lib.rs of
-// Firecracker's source. The jailer, which has it before, knows 0 and 1.
+// Firecracker's source. The jailer, which has it before, fails by a panic, SIGABRT, and
+// says why on its standard error.
 func (v *VMM) Ending(code int) string {
 	return map[int]string{
-		1:   "firecracker or its jailer failed",
+		0:   "the guest's kernel reset the machine, as after a panic",
+		1:   "firecracker failed",
 		2:   "firecracker met what it did not expect",
 		148: "firecracker made a system call that its filter forbids",
 		149: "firecracker lost memory under it (SIGBUS)",
@@ -146,6 +148,7 @@ func (v *VMM) Ending(code int) string {
 		152: "firecracker refused its configuration",
 		153: "firecracker does not know an argument: it is of another version",
 		154: "firecracker used up its processor time (SIGXCPU)",
+		155: "firecracker lost what it writes to (SIGPIPE)",
 		156: "firecracker lost its session (SIGHUP)",
 		157: "firecracker met an instruction that this CPU lacks (SIGILL)",
 	}[code]

@@ -78,7 +78,7 @@ func TestRefused(t *testing.T) {
 
 func TestEnding(t *testing.T) {
 	v := New()
-	for code, want := range map[int]string{0: "", 148: "filter forbids", 153: "another version", 77: ""} {
+	for code, want := range map[int]string{-1: "", 0: "reset the machine", 148: "filter forbids", 153: "another version", 77: ""} {
 		if got := v.Ending(code); !strings.Contains(got, want) || (got == "") != (want == "") {
 			t.Errorf("%d: %q", code, got)
 		}
