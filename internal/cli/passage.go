@@ -2,21 +2,28 @@ package cli
 
 import (
 	"bufio"
-	"cmp"
 	"context"
-	"encoding/binary"
-	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"net"
-	"sync"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"banger/internal/guest/wire"
+)
+
+const (
+	// guestTimeout bounds what the guest takes to connect to a service. Its agent gives up
+	// earlier; a guest that stands still says nothing.
+	guestTimeout = 30 * time.Second
+	// stallTimeout is how long a service may take nothing of what is left for it after its
+	// client has gone: a forward has places for so many connections only.
+	stallTimeout = 10 * time.Second
+	// watchClientEvery is how often is looked whether the client has gone, while nothing
+	// is read that would tell.
+	watchClientEvery = time.Second
 )
 
 // halfConn is a connection of which each half can end first.
@@ -31,11 +38,9 @@ func (f *forward) pass(ctx context.Context, conn net.Conn) {
 	local := conn.(halfConn) // of TCP and Unix sockets
 	defer local.Close()
 	defer context.AfterFunc(ctx, func() { local.Close() })()
-	stream, err := f.dial(ctx)
+	guest, err := f.dial(ctx)
 	if err == nil {
-		p := &passage{local: local, guest: stream, window: wire.NewWindow()}
-		p.held.more.L = &p.held.mu
-		err = p.run(ctx)
+		err = (&passage{local: local, guest: guest}).run(ctx)
 	}
 	if err != nil {
 		abort(local)
@@ -54,8 +59,8 @@ func abort(conn net.Conn) {
 	conn.Close()
 }
 
-// dial returns a stream that the service has accepted.
-func (f *forward) dial(ctx context.Context) (*wire.Stream, error) {
+// dial returns a connection that the service has accepted.
+func (f *forward) dial(ctx context.Context) (*wire.GuestConn, error) {
 	conn, r, err := f.client.upgrade(ctx, wire.OpDial, f.vm.Id)
 	if f.client.succeeded(ctx, err) {
 		conn, r, err = f.client.upgrade(ctx, wire.OpDial, f.vm.Id)
@@ -63,29 +68,9 @@ func (f *forward) dial(ctx context.Context) (*wire.Stream, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := wire.NewStream(bufferedConn{conn, r})
-	defer s.CloseOn(ctx)()
-	if err = s.SendJSON(wire.KindRequest, wire.Request{Op: wire.OpDial, Dial: &f.spec.dial, Acks: true}); err == nil {
-		var kind wire.Kind
-		var payload []byte
-		if kind, payload, err = s.Recv(); err == nil && kind != wire.KindStarted {
-			err = refusal(kind, payload)
-		}
-	}
-	if err != nil {
-		s.Close()
-		return nil, err
-	}
-	return s, nil
-}
-
-// refusal is what a frame other than the awaited one says.
-func refusal(kind wire.Kind, payload []byte) error {
-	var e wire.Error
-	if kind != wire.KindError || json.Unmarshal(payload, &e) != nil {
-		return fmt.Errorf("the guest sent a frame of kind %d", kind)
-	}
-	return errors.New(e.Message)
+	ctx, cancel := context.WithTimeoutCause(ctx, guestTimeout, errors.New("it does not answer"))
+	defer cancel()
+	return wire.DialGuest(ctx, bufferedConn{conn, r}, f.spec.dial)
 }
 
 // bufferedConn is a connection of which in has read some already.
@@ -96,204 +81,128 @@ type bufferedConn struct {
 
 func (c bufferedConn) Read(p []byte) (int, error) { return c.in.Read(p) }
 
-var (
-	errLocalGone = errors.New("the client has gone")
-	errBroken    = errors.New("the service broke the connection")
-)
+var errLocalGone = errors.New("the client has gone")
 
-// passage is one connection through the agent. Three go side by side, so that neither
-// direction waits for the other: run reads the guest's frames and never waits for the
-// client; send passes on what the client sends; write gives the client what is held for
-// it, which the guest's window bounds.
+// passage is one connection through the agent. Its directions go side by side, so that
+// neither waits for the other.
 type passage struct {
-	local  halfConn
-	guest  *wire.Stream
-	window *wire.Window // of what goes to the service
-	held   held
+	local halfConn
+	guest *wire.GuestConn // which is closed as soon as the client has gone
 }
 
 // run returns when both halves have ended, nil, or one side is gone.
 func (p *passage) run(ctx context.Context) error {
-	defer p.guest.CloseOn(ctx)()
-	sent := make(chan error, 1)
-	written := make(chan error, 1)
-	go func() { sent <- p.send() }()
-	go func() { written <- p.write() }()
-	err := p.receive()
-	p.held.end(err == nil)
-	if err != nil && !errors.Is(err, errBroken) {
+	defer context.AfterFunc(ctx, func() { p.guest.Close() })()
+	sent, written := make(chan struct{}), make(chan struct{})
+	go func() { defer close(sent); p.send() }()
+	go func() { defer close(written); p.write() }()
+	<-p.guest.Ended()
+	err := p.guest.Err()
+	if errors.Is(err, net.ErrClosed) {
+		err = errLocalGone
+	}
+	if err != nil && !errors.Is(err, wire.ErrBroken) {
 		abort(p.local) // also when the client takes nothing, and write waits for it
 	}
-	if werr := <-written; err == nil || errors.Is(err, errBroken) {
-		err = cmp.Or(werr, err)
-	}
-	p.window.Close()
+	<-written // what a service said before it broke the connection is for the client too
 	p.guest.Close()
 	if err != nil {
 		abort(p.local)
 	}
 	p.local.Close()
-	if serr := <-sent; serr != nil {
-		return serr // it closed the stream, which is all that receive knows
-	}
+	<-sent
 	return err
 }
 
-// receive takes the frames of the guest until its last one.
-func (p *passage) receive() error {
-	for {
-		kind, payload, err := p.guest.Recv()
-		if err != nil {
-			return fmt.Errorf("the connection to the guest was lost: %w", err)
-		}
-		switch kind {
-		case wire.KindStdinAck:
-			err = p.window.Ack(payload)
-		case wire.KindStdout:
-			err = p.held.put(payload)
-		case wire.KindStdoutEOF:
-			p.held.end(true)
-		case wire.KindExit:
-			var e wire.Exit
-			if json.Unmarshal(payload, &e) != nil || e.Code != 0 {
-				return errBroken
-			}
-			return nil
-		default:
-			err = refusal(kind, payload)
-		}
-		if err != nil {
-			return err
-		}
-	}
-}
-
-// send passes on what the client sends. A client that is gone ends the stream.
-func (p *passage) send() error {
+// send passes on what the client sends.
+func (p *passage) send() {
 	buf := make([]byte, maxStdin)
 	for {
 		n, err := p.local.Read(buf)
-		if n > 0 {
-			if terr := p.take(n); terr == errLocalGone {
-				return terr
-			} else if terr != nil || p.guest.Send(wire.KindStdin, buf[:n]) != nil {
-				return nil // receive knows why
-			}
+		if n > 0 && p.guarded(func() error { _, err := p.guest.Write(buf[:n]); return err }) != nil {
+			return // run knows why
 		}
 		if err == io.EOF {
-			p.guest.Send(wire.KindStdinEOF, nil)
-			return nil
+			go p.watch(p.guest.Ended())
+			_ = p.guest.CloseWrite() // run knows why not
+			return
 		}
 		if err != nil {
-			if errors.Is(err, net.ErrClosed) {
-				return nil
-			}
 			p.guest.Close()
-			return errLocalGone
+			return
 		}
 	}
 }
 
-// take waits until the window has room. A service that takes nothing would hold the
-// connection of a client that is gone for ever, because nobody reads from that meanwhile.
-func (p *passage) take(n int) error {
-	watched := make(chan bool, 1)
-	timer := time.AfterFunc(pollInterval, func() {
-		gone := awaitReset(p.local)
-		if gone {
-			p.window.Close()
-		}
-		watched <- gone
-	})
-	err := p.window.Take(n)
-	if timer.Stop() {
-		return err
-	}
-	_ = p.local.SetReadDeadline(time.Unix(1, 0)) // it fails when the connection is closed, which ends the wait too
-	if <-watched {
-		p.guest.Close()
-		return errLocalGone
-	}
-	_ = p.local.SetReadDeadline(time.Time{})
-	return err
+// guarded does what may wait for the service, and watches the client meanwhile.
+func (p *passage) guarded(do func() error) error {
+	done := make(chan struct{})
+	defer close(done)
+	go p.watch(done)
+	return do()
 }
 
-// awaitReset waits until the other side breaks the connection, true, or the deadline for
-// reading comes. It reads nothing, and the end of the data is not what it waits for.
-func awaitReset(conn syscall.Conn) (reset bool) {
+// watch gives up the client when it is gone and the service stands still, until done. As
+// long as the service takes something, it shall have all that the client left for it.
+func (p *passage) watch(done <-chan struct{}) {
+	tick := time.NewTicker(watchClientEvery)
+	defer tick.Stop()
+	var since time.Time // that the client is gone and the service has taken no more
+	var taken int64
+	for first := true; ; first = false {
+		select {
+		case <-tick.C:
+		case <-done:
+			return
+		}
+		if tcp, ok := p.local.(*net.TCPConn); ok && first {
+			// A client that has closed in order looks like one that has ended its half,
+			// until its kernel has forgotten the connection and answers so.
+			_ = tcp.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: 5 * time.Second, Interval: 15 * time.Second, Count: 9})
+		}
+		switch now := p.guest.Taken(); {
+		case !bothEnded(p.local):
+			since = time.Time{}
+		case since.IsZero() || now != taken:
+			since, taken = time.Now(), now
+		case time.Since(since) > stallTimeout:
+			p.guest.Close()
+			return
+		}
+	}
+}
+
+// bothEnded tells whether a connection can bring nothing more in either direction. It
+// reads nothing.
+func bothEnded(conn syscall.Conn) (ended bool) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
 		return false
 	}
-	_ = raw.Read(func(fd uintptr) bool { // its error is that of the deadline
+	_ = raw.Control(func(fd uintptr) { // its error is that the connection is closed
 		fds := []unix.PollFd{{Fd: int32(fd)}}
 		n, err := unix.Poll(fds, 0)
-		reset = err == nil && n > 0 && fds[0].Revents&unix.POLLERR != 0
-		return reset
+		ended = err == nil && n > 0 && fds[0].Revents&(unix.POLLHUP|unix.POLLERR) != 0
 	})
-	return reset
+	return ended
 }
 
-// write gives the client what is held for it until that has ended.
-func (p *passage) write() error {
+// write gives the client what the service sends, to its end.
+func (p *passage) write() {
 	buf := make([]byte, wire.MaxPayload)
 	for {
-		n, whole := p.held.take(buf)
-		switch {
-		case n == 0 && whole && p.local.CloseWrite() != nil:
-			return errLocalGone
-		case n == 0:
-			return nil
+		n, err := p.guest.Read(buf)
+		if n > 0 {
+			if _, err := p.local.Write(buf[:n]); err != nil {
+				p.guest.Close()
+				return
+			}
 		}
-		if _, err := p.local.Write(buf[:n]); err != nil {
+		if err == io.EOF && p.local.CloseWrite() != nil {
 			p.guest.Close()
-			return errLocalGone
 		}
-		// When it fails receive knows why.
-		p.guest.Send(wire.KindStdoutAck, binary.BigEndian.AppendUint32(nil, uint32(n)))
+		if err != nil {
+			return // run knows why
+		}
 	}
-}
-
-// held is what came from the service and the client has not got yet.
-type held struct {
-	mu    sync.Mutex
-	more  sync.Cond
-	bytes []byte
-	ended bool // no more comes
-	whole bool // because the service has sent all, and not because something broke
-}
-
-// put keeps p. A guest that sends more than its window is refused.
-func (h *held) put(p []byte) error {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.ended || len(h.bytes)+len(p) > wire.StdinWindow {
-		return errors.New("the guest sent more than it may")
-	}
-	h.bytes = append(h.bytes, p...)
-	h.more.Signal()
-	return nil
-}
-
-// take waits for bytes and moves them to buf. There are none any more when n is 0; whole
-// then says whether the service sent no others.
-func (h *held) take(buf []byte) (n int, whole bool) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	for len(h.bytes) == 0 && !h.ended {
-		h.more.Wait()
-	}
-	n = copy(buf, h.bytes)
-	h.bytes = h.bytes[:copy(h.bytes, h.bytes[n:])]
-	return n, h.whole
-}
-
-// end says that no more comes; the first call counts.
-func (h *held) end(whole bool) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if !h.ended {
-		h.ended, h.whole = true, whole
-	}
-	h.more.Signal()
 }

@@ -87,7 +87,7 @@ func checkListening(all []wire.Listening) (open []wire.Listening) {
 		if err != nil || addr.Zone() != "" || l.Port < 1 || l.Port > 65535 || l.Protocol != "tcp" && l.Protocol != "udp" {
 			continue
 		}
-		l.Address, l.Process = addr.String(), wire.CleanText(l.Process, 64)
+		l.Address, l.Process = addr.String(), wire.ProcessName(l.Process)
 		open = append(open, l)
 	}
 	return open

@@ -56,9 +56,8 @@ func TestPorts(t *testing.T) {
 		}
 	}
 	a := newTestAgent(t, func(o *Options) { o.Root = root })
-	conn, _ := a.dial()
-	got, err := wire.ListPorts(t.Context(), conn)
-	if err != nil {
+	var got wire.Ports
+	if err := a.call(wire.Request{Op: wire.OpPorts}, &got); err != nil {
 		t.Fatal(err)
 	}
 	want := []wire.Listening{

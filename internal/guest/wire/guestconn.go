@@ -32,8 +32,11 @@ type GuestConn struct {
 	more     sync.Cond
 	chunks   [][]byte // what was received and not read
 	size     int      // of chunks, in bytes
+	taken    int64    // bytes that the service took, as far as it was acknowledged
 	readErr  error    // after chunks; nil while more may come
 	writeErr error    // why nothing can be written any more
+
+	ended chan struct{} // closed when writeErr is set
 
 	unacked int // of the reading goroutine
 }
@@ -53,7 +56,7 @@ func DialGuest(ctx context.Context, conn net.Conn, d Dial) (*GuestConn, error) {
 		s.Close()
 		return nil, opError(ctx, req, err)
 	}
-	c := &GuestConn{s: s, window: NewWindow()}
+	c := &GuestConn{s: s, window: NewWindow(), ended: make(chan struct{})}
 	c.more.L = &c.mu
 	go c.receive()
 	return c, nil
@@ -83,7 +86,9 @@ func (c *GuestConn) receive() {
 		if err == io.EOF {
 			err = io.ErrUnexpectedEOF
 		}
-		if err == nil {
+		if err != nil {
+			err = fmt.Errorf("the connection to the guest was lost: %w", err)
+		} else {
 			err = c.take(kind, payload)
 		}
 		if err != nil {
@@ -94,8 +99,12 @@ func (c *GuestConn) receive() {
 	}
 }
 
-// errEnded ends a receiver: the guest has said its last.
-var errEnded = errors.New("the connection has ended")
+var (
+	// ErrBroken: the service broke the connection. What it sent before can be read.
+	ErrBroken = errors.New("the service broke the connection")
+	// errEnded ends a receiver: the guest has said its last.
+	errEnded = errors.New("the connection has ended")
+)
 
 func (c *GuestConn) take(kind Kind, payload []byte) error {
 	c.mu.Lock()
@@ -115,7 +124,11 @@ func (c *GuestConn) take(kind Kind, payload []byte) error {
 		c.readErr = io.EOF
 		return nil
 	case KindStdinAck:
-		return c.window.Ack(payload)
+		if err := c.window.Ack(payload); err != nil {
+			return err
+		}
+		c.taken += int64(binary.BigEndian.Uint32(payload))
+		return nil
 	case KindExit:
 		var exit Exit
 		if err := json.Unmarshal(payload, &exit); err != nil {
@@ -123,7 +136,10 @@ func (c *GuestConn) take(kind Kind, payload []byte) error {
 		}
 		exit.clean()
 		if exit.Code != 0 {
-			return fmt.Errorf("the service broke the connection: %s", exit.Message)
+			if exit.Message == "" {
+				return ErrBroken
+			}
+			return fmt.Errorf("%w: %s", ErrBroken, exit.Message)
 		}
 		return errEnded
 	case KindError:
@@ -140,10 +156,33 @@ func (c *GuestConn) end(err error) {
 	}
 	if c.writeErr == nil {
 		c.writeErr = err
+		close(c.ended)
 	}
 	c.mu.Unlock()
 	c.more.Broadcast()
 	c.window.Close()
+}
+
+// Ended is closed when the service, the guest or Close has ended the connection; what the
+// service has sent can be read on.
+func (c *GuestConn) Ended() <-chan struct{} { return c.ended }
+
+// Err says, once Ended is closed, why: nil when both halves had ended.
+func (c *GuestConn) Err() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.writeErr == errEnded {
+		return nil
+	}
+	return c.writeErr
+}
+
+// Taken is how many bytes of what was written the service took, in steps of a part of the
+// window.
+func (c *GuestConn) Taken() int64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.taken
 }
 
 // Read reads what the service has sent; io.EOF when it sends no more.
@@ -223,18 +262,4 @@ func (c *GuestConn) CloseWrite() error {
 func (c *GuestConn) Close() error {
 	c.end(net.ErrClosed)
 	return c.s.Close()
-}
-
-// maxPorts bounds what ListPorts takes from a guest.
-const maxPorts = 1024
-
-// ListPorts asks over conn, a fresh stream to the agent, what listens in the guest, and
-// closes it.
-func ListPorts(ctx context.Context, conn net.Conn) (Ports, error) {
-	var p Ports
-	if err := Call(ctx, conn, Request{Op: OpPorts}, &p); err != nil {
-		return Ports{}, err
-	}
-	p.clean()
-	return p, nil
 }

@@ -1,10 +1,6 @@
 package wire
 
-import (
-	"net/netip"
-	"slices"
-	"strings"
-)
+import "strings"
 
 // Network is the guest's network card and what to make of it.
 type Network struct {
@@ -43,20 +39,6 @@ type Listening struct {
 	Port     int    `json:"port"`
 	PID      int    `json:"pid,omitempty"`     // who holds it, 0 when nobody was found
 	Process  string `json:"process,omitempty"` // the name of PID
-}
-
-// clean drops what is no socket, and makes the rest fit to be shown.
-func (p *Ports) clean() {
-	if len(p.Ports) > maxPorts {
-		p.Ports, p.More = p.Ports[:maxPorts], true
-	}
-	p.Ports = slices.DeleteFunc(p.Ports, func(l Listening) bool {
-		a, err := netip.ParseAddr(l.Address)
-		return err != nil || a.Zone() != "" || l.Protocol != "tcp" && l.Protocol != "udp" || l.Port < 1 || l.Port > 0xffff || l.PID < 0
-	})
-	for i := range p.Ports {
-		p.Ports[i].Process = ProcessName(p.Ports[i].Process)
-	}
 }
 
 // ProcessName makes the name that a process has given itself fit to be shown on a line.
