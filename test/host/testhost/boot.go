@@ -9,10 +9,10 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -88,8 +88,12 @@ func (m machine) boot(ctx context.Context, mark string, orderly bool, in io.Read
 	// A group of its own, so that Ctrl-C reaches us alone.
 	qemu.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	qemu.ExtraFiles = []*os.File{theirs}
-	var stderr bytes.Buffer
-	qemu.Stderr = &stderr
+	stderr, err := os.Create(m.console + ".qemu")
+	if err != nil {
+		return 0, errors.Join(err, theirs.Close())
+	}
+	defer stderr.Close()
+	qemu.Stderr = stderr
 	err = qemu.Start()
 	theirs.Close()
 	if err != nil {
@@ -97,7 +101,8 @@ func (m machine) boot(ctx context.Context, mark string, orderly bool, in io.Read
 	}
 	ended := make(chan struct{})
 	go func() { qemu.Wait(); close(ended) }()
-	defer func() { qemu.Process.Kill(); <-ended }()
+	end := sync.OnceFunc(func() { syscall.Kill(-qemu.Process.Pid, syscall.SIGKILL); <-ended })
+	defer end()
 
 	if in != nil {
 		go io.Copy(ours, in) // ends with the socket, at the latest with the process
@@ -111,15 +116,16 @@ func (m machine) boot(ctx context.Context, mark string, orderly bool, in io.Read
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
-		return 0, fmt.Errorf("the test host ended before its job: %w%s%s", err, tail("qemu", stderr.Bytes()), m.consoleTail())
+		end()
+		return 0, fmt.Errorf("the test host ended before its job: %w%s", err, m.lastWords())
 	}
 	if orderly {
 		select {
 		case <-ended:
 		case <-ctx.Done():
-			return status, fmt.Errorf("the test host does not power off: %w%s", context.Cause(ctx), m.consoleTail())
+			return status, fmt.Errorf("the test host does not power off: %w%s", context.Cause(ctx), m.lastWords())
 		case <-time.After(bootLimit):
-			return status, fmt.Errorf("the test host does not power off in %s%s", bootLimit, m.consoleTail())
+			return status, fmt.Errorf("the test host does not power off in %s%s", bootLimit, m.lastWords())
 		}
 	}
 	return status, nil
@@ -140,12 +146,14 @@ func socketPair() (ours net.Conn, theirs *os.File, err error) {
 	return ours, theirs, err
 }
 
-func (m machine) consoleTail() string {
-	data, err := os.ReadFile(m.console)
-	if err != nil {
-		return ""
+// lastWords are those of QEMU and of the kernel in it.
+func (m machine) lastWords() (text string) {
+	for _, f := range []struct{ name, path string }{{"qemu", m.console + ".qemu"}, {"console", m.console}} {
+		if data, err := os.ReadFile(f.path); err == nil {
+			text += tail(f.name, data)
+		}
 	}
-	return tail(filepath.Base(m.console), data)
+	return text
 }
 
 // tail shows the last lines of a text below an error.
