@@ -15,11 +15,12 @@ import (
 )
 
 // The suite on the real jailer, Firecracker and kernel. The guest's init is this test
-// binary, which does nothing there.
+// binary, which does nothing there. The programs are a packager's: files with the version
+// in the name, and links to them.
 func TestConformance(t *testing.T) {
 	need.Need(t, "testhost")
 	kernels := filepath.Join(os.Getenv("BANGER_TEST_CACHE"), "golden/kernels/debian-cloud")
-	v := New(os.Getenv("BANGER_FIRECRACKER_DIR"))
+	v := New(linked(t, os.Getenv(DirEnv)))
 	conformance.VMM(t, conformance.VMMHost{
 		VMM: v,
 		Prepare: func(t *testing.T, dir string) driver.Spec {
@@ -36,6 +37,44 @@ func TestConformance(t *testing.T) {
 		},
 		Start: startJailed,
 	})
+}
+
+func linked(t *testing.T, from string) string {
+	t.Helper()
+	files, links := t.TempDir(), t.TempDir()
+	for _, name := range []string{firecracker, jailer} {
+		file := filepath.Join(files, name+"-v"+Tested+"-x86_64")
+		copyFile(t, filepath.Join(from, name), file)
+		if err := os.Symlink(file, filepath.Join(links, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return links
+}
+
+// The tested release has the checksums that are pinned, in a directory and in an archive
+// like the project's.
+func TestInstallTheRelease(t *testing.T) {
+	need.Need(t, "testhost")
+	files := make(map[string][]byte)
+	for _, name := range []string{firecracker, jailer} {
+		data, err := os.ReadFile(filepath.Join(os.Getenv(DirEnv), name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		files["release-v"+Tested+"-x86_64/"+name+"-v"+Tested+"-x86_64"] = data
+	}
+	for _, from := range []string{os.Getenv(DirEnv), archive(t, files)} {
+		p := newPlace(t)
+		if version, err := p.install(from); err != nil || version != Tested {
+			t.Errorf("%s: %q, %v", from, version, err)
+			continue
+		}
+		p.holds(Tested)
+		if _, err := inspect(t.Context(), p.dir, true); err != nil {
+			t.Errorf("as a download: %v", err)
+		}
+	}
 }
 
 func copyFile(t *testing.T, from, to string) {
