@@ -2,6 +2,7 @@ package vm
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -199,6 +200,60 @@ func TestTryPorts(t *testing.T) {
 		if err := tryPorts(t.Context(), []string{busy}); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// A VM that has come too late itself has no port.
+func TestHasPort(t *testing.T) {
+	const text = "0.0.0.0:8080:80/tcp"
+	wanted, err := netwire.ParsePublication("8080:81")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := &Manager{layout: config.Layout{Root: t.TempDir()}}
+	rec := store.VM{ID: "id"}
+	dir := m.layout.VM(rec.ID).Path()
+	if err := os.MkdirAll(filepath.Join(dir, "run"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if m.hasPort(t.Context(), rec, text, wanted) {
+		t.Error("a VM without a network has the port")
+	}
+	t.Chdir(dir) // for the short name
+	l, err := net.Listen("unix", netwire.ControlSocket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	answers := make(chan netwire.Stats, 1)
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			conn.Read(make([]byte, 1<<10))
+			stats := <-answers
+			json.NewEncoder(conn).Encode(netwire.Reply{Stats: &stats})
+			conn.Close()
+		}
+	}()
+	for _, c := range []struct {
+		stats netwire.Stats
+		has   bool
+	}{
+		{netwire.Stats{}, true},
+		{netwire.Stats{Problem: "busy", Busy: []string{text}}, false},
+		{netwire.Stats{Problem: "busy", Busy: []string{"0.0.0.0:9090:80/tcp"}}, true},
+		{netwire.Stats{Problem: "an earlier release's"}, false},
+	} {
+		answers <- c.stats
+		if got := m.hasPort(t.Context(), rec, text, wanted); got != c.has {
+			t.Errorf("%+v: %v", c.stats, got)
+		}
+	}
+	if m.hasPort(t.Context(), rec, "9090:80", wanted) {
+		t.Error("another port is taken for it") // and nobody was asked
 	}
 }
 
