@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -145,6 +146,56 @@ func (l *networkLog) readOn(ctx context.Context, follow bool, each func(*bangerv
 
 // read passes on the entries behind the last one that was read.
 func (l *networkLog) read(ctx context.Context, follow bool, each func(*bangerv1.NetworkLogEntry) error) error {
+	if l.last != nil {
+		if err := l.catchUp(ctx, each); err != nil || !follow {
+			return err
+		}
+	}
+	// The log was whole a moment ago, so the last one that was read is in it again, and
+	// earlier at most, if the log was rotated.
+	before, known := l.last, l.seen
+	seen := 0
+	return l.stream(ctx, follow, func(e *bangerv1.NetworkLogEntry) error {
+		seen++
+		if before != nil && seen <= known {
+			if proto.Equal(e, before) {
+				before, l.seen = nil, seen
+			}
+			return nil
+		}
+		l.last, l.seen = e, seen
+		return each(e)
+	})
+}
+
+// catchUp passes on what the log has behind the last one that was read, and says so when
+// that has gone: the log keeps so much and no more.
+func (l *networkLog) catchUp(ctx context.Context, each func(*bangerv1.NetworkLogEntry) error) error {
+	var all []*bangerv1.NetworkLogEntry // some thousands, as the log is bounded
+	err := l.stream(ctx, false, func(e *bangerv1.NetworkLogEntry) error {
+		all = append(all, e)
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	at := slices.IndexFunc(all, func(e *bangerv1.NetworkLogEntry) bool { return proto.Equal(e, l.last) })
+	if at < 0 {
+		l.ui.print("some refusals are lost here: the log was written over before they were read")
+		l.last = nil
+	}
+	l.seen = at + 1
+	for _, e := range all[at+1:] {
+		l.last, l.seen = e, l.seen+1
+		if err := each(e); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// stream passes on all entries of the log, and with follow those that come.
+func (l *networkLog) stream(ctx context.Context, follow bool, each func(*bangerv1.NetworkLogEntry) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	stream, err := l.client.vms.NetworkLog(ctx, &bangerv1.NetworkLogRequest{Ref: l.vm.Id, Follow: follow})
@@ -152,17 +203,8 @@ func (l *networkLog) read(ctx context.Context, follow bool, each func(*bangerv1.
 		return err
 	}
 	defer stream.Close()
-	before, known := l.last, l.seen
-	for seen := 1; stream.Receive(); seen++ {
-		e := stream.Msg()
-		if before != nil && seen <= known { // a rotated log has it earlier
-			if proto.Equal(e, before) {
-				before, l.seen = nil, seen
-			}
-			continue
-		}
-		l.last, l.seen = e, seen
-		if err := each(e); err != nil {
+	for stream.Receive() {
+		if err := each(stream.Msg()); err != nil {
 			return err
 		}
 	}

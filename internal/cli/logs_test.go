@@ -97,31 +97,37 @@ func TestLogsFollow(t *testing.T) {
 	all := refusals(6)
 	// Counted repeats are written late, with the time of the first of them.
 	all[3].At, all[5].At = all[1].At, all[1].At
-	d.net.entries = all[:3]
+	written := func(entries []*bangerv1.NetworkLogEntry) {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.net.entries = entries
+	}
+	written(all[:3])
 	streams := 0
 	d.net.more = func(ctx context.Context, send func(*bangerv1.NetworkLogEntry) error) error {
 		streams++
 		switch streams {
 		case 1: // this one is about to end
+			written(all[:4])
 			if err := send(all[3]); err != nil {
 				return err
 			}
 			return api.Errorf(api.Stopping, "the daemon is about to end")
 		case 2: // it ends again before it has sent all that is known
 			return api.Errorf(api.Stopping, "the daemon is about to end")
-		case 3: // the next has it all in the log, and is killed
-			for _, e := range all[3:5] {
-				if err := send(e); err != nil {
-					return err
-				}
+		case 3: // the next one is killed
+			written(all[:5])
+			if err := send(all[4]); err != nil {
+				return err
 			}
 			d.drop()
 			return errors.New("killed")
-		}
-		for _, e := range all[3:] {
-			if err := send(e); err != nil {
-				return err
-			}
+		case 4: // the log is rotated, and the rest comes while nobody is there
+			written(all[2:6])
+			return api.Errorf(api.Stopping, "the daemon is about to end")
+		case 5: // it is rotated again, and nothing new has come
+			written(all[3:6])
+			return api.Errorf(api.Stopping, "the daemon is about to end")
 		}
 		<-ctx.Done()
 		return ctx.Err()
@@ -131,4 +137,34 @@ func TestLogsFollow(t *testing.T) {
 	call.kill(syscall.SIGINT)
 	want(t, "exit code", call.wait(), 130)
 	want(t, "lines", hostsIn(call.out.String()), "2 3 4 5 6")
+	want(t, "stderr", call.err.String(), "banger: interrupted\n")
+}
+
+// TestLogsFollowLost: a log that was written over meanwhile is read on from its beginning,
+// and what is lost is said, once.
+func TestLogsFollowLost(t *testing.T) {
+	d := withShop(t)
+	all := refusals(9)
+	d.net.entries = all[:4]
+	streams := 0
+	d.net.more = func(ctx context.Context, send func(*bangerv1.NetworkLogEntry) error) error {
+		streams++
+		if streams == 1 {
+			d.mu.Lock()
+			d.net.entries = all[6:8] // fewer than were read
+			d.mu.Unlock()
+			return api.Errorf(api.Stopping, "the daemon is about to end")
+		}
+		if err := send(all[8]); err != nil {
+			return err
+		}
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	call := d.call().start("-q", "logs", "--network", "-f")
+	eventually(t, "all lines", func() bool { return strings.Count(call.out.String(), "\n") >= 7 })
+	call.kill(syscall.SIGINT)
+	want(t, "exit code", call.wait(), 130)
+	want(t, "lines", hostsIn(call.out.String()), "1 2 3 4 7 8 9")
+	want(t, "stderr", call.err.String(), "some refusals are lost here: the log was written over before they were read\nbanger: interrupted\n")
 }
