@@ -11,7 +11,6 @@ import (
 
 	bangerv1 "banger/api/banger/v1"
 	"banger/internal/netpolicy"
-	"banger/internal/netwire"
 )
 
 // proxyKeys are the variables that name proxies; each has a twin in capitals. That of
@@ -156,7 +155,7 @@ func judgeProxy(policy netpolicy.Policy, host string, port uint16, at, own []net
 		case !address.Is4():
 			continue // the guest has no IPv6
 		case address == loopback:
-			flow.Gateway, flow.Own, flow.Names = true, false, []string{netwire.HostName}
+			flow.Gateway, flow.Own, flow.Names = true, false, []string{netpolicy.HostName}
 		case name != address.String():
 			flow.Names = []string{name}
 			if !policy.Resolve(name).Allowed {
@@ -167,7 +166,7 @@ func judgeProxy(policy netpolicy.Policy, host string, port uint16, at, own []net
 			continue
 		}
 		if flow.Gateway {
-			return netwire.HostName, true
+			return netpolicy.HostName, true
 		}
 		return host, true
 	}

@@ -55,7 +55,7 @@ func (g *gate) judge(protocol string, to netip.AddrPort) (netpolicy.Flow, bool) 
 	f := netpolicy.Flow{Protocol: protocol, Address: to.Addr(), Port: to.Port()}
 	if to.Addr() == netwire.Gateway() {
 		f.Gateway, f.Address = true, netip.AddrFrom4([4]byte{127, 0, 0, 1})
-		f.Names = []string{netwire.HostName}
+		f.Names = []string{netpolicy.HostName}
 	} else {
 		f.Names, f.Own = g.names.lookup(to.Addr()), g.own(to.Addr())
 	}

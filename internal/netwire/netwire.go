@@ -5,18 +5,22 @@
 // daemon.
 //
 //	run/net.sock      QEMU listens, banger-net dials and dials again
-//	run/net.json      Config, written by the daemon as one step
+//	run/net.json      Config, written by the daemon as one step; beside it the one before
 //	run/netctl.sock   banger-net listens: Request and Reply, one JSON line each
 //	log/network       Entry, one JSON line each; log/network.1 is the older half
 package netwire
 
 import (
+	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 )
 
@@ -27,6 +31,8 @@ const Version = 1
 const (
 	LinkSocket    = "run/net.sock"
 	ConfigFile    = "run/net.json"
+	configOld     = "run/net.json.old" // what it was before
+	configNew     = "run/net.json.new" // half of what it will be
 	ControlSocket = "run/netctl.sock"
 	LogFile       = "log/network"
 	LogOld        = "log/network.1"
@@ -36,17 +42,13 @@ const (
 // header: twice the throughput of 1500 for a third of the CPU.
 const MTU = 65520
 
-// HostName is the name of the gateway inside the guest. With the preset "host" it is the
-// host's loopback.
-const HostName = "host.banger.internal"
-
 // Guest is the guest's address with its prefix: it has no neighbours but the gateway, which
 // refuses at once what an unanswered ARP would let time out. The addresses inside are those
 // of QEMU's own user network, which people know; each VM has a network of its own, so all
 // have the same.
 func Guest() netip.Prefix { return netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, 2, 15}), 32) }
 
-// Gateway is the router, the resolver, and HostName.
+// Gateway is the router, the resolver, and netpolicy.HostName.
 func Gateway() netip.Addr { return netip.AddrFrom4([4]byte{10, 0, 2, 2}) }
 
 // GatewayMAC is the gateway's Ethernet address, locally administered.
@@ -118,20 +120,55 @@ type Stats struct {
 	Busy []string `json:"busy,omitempty"`
 }
 
-// WriteConfig replaces run/net.json of the VM in dir as one step.
+// WriteConfig replaces run/net.json of the VM in dir as one step. What it replaces is kept
+// beside it: to go back to that needs no room on the disk.
 func WriteConfig(dir string, c Config) error {
 	c.Version = Version
 	data, err := json.Marshal(c)
 	if err != nil {
 		return err
 	}
-	path := filepath.Join(dir, ConfigFile)
-	temp := path + ".new"
-	if err := os.WriteFile(temp, append(data, '\n'), 0o600); err != nil {
+	data = append(data, '\n')
+	path, old, temp := filepath.Join(dir, ConfigFile), filepath.Join(dir, configOld), filepath.Join(dir, configNew)
+	if kept, err := os.ReadFile(old); err == nil && bytes.Equal(kept, data) {
+		return os.Rename(old, path)
+	}
+	err = os.WriteFile(temp, data, 0o600)
+	if err == nil {
+		err = keepConfig(path, old)
+	}
+	if err == nil {
+		err = os.Rename(temp, path)
+	}
+	if err != nil {
 		os.Remove(temp)
+	}
+	return err
+}
+
+// keepConfig gives what is at path, if anything is, the name old too, where the file system
+// has links.
+func keepConfig(path, old string) error {
+	if err := os.Remove(old); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return os.Rename(temp, path)
+	err := os.Link(path, old)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.EPERM) || errors.Is(err, errors.ErrUnsupported) {
+		return nil
+	}
+	return err
+}
+
+// RemoveConfig removes run/net.json and what WriteConfig keeps. That nothing is there is
+// no error.
+func RemoveConfig(dir string) error {
+	var errs []error
+	for _, name := range []string{ConfigFile, configOld, configNew} {
+		if err := os.Remove(filepath.Join(dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // ReadConfig reads run/net.json of the VM in dir.

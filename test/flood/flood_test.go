@@ -19,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"banger/internal/netpolicy"
 	"banger/internal/netwire"
 	"banger/test/need"
 )
@@ -200,5 +201,5 @@ func steps(t *testing.T, lines ...string) {
 func host() netwire.Network { return netwire.Network{Preset: "host"} }
 
 func internet() netwire.Network {
-	return netwire.Network{Preset: "internet", Allow: []string{netwire.HostName}}
+	return netwire.Network{Preset: "internet", Allow: []string{netpolicy.HostName}}
 }

@@ -90,7 +90,7 @@ func canonicalRule(action netpolicy.Action, text string) (string, error) {
 	}
 	if rule.Prefix.IsValid() && rule.Prefix.IsSingleIP() && rule.Prefix.Addr() == netwire.Gateway() {
 		// It is judged as the host's loopback, so that such a rule would do nothing.
-		return "", invalidNetwork(fmt.Errorf("rule %q: the gateway is named %s", text, netwire.HostName))
+		return "", invalidNetwork(fmt.Errorf("rule %q: the gateway is named %s", text, netpolicy.HostName))
 	}
 	return rule.String(), nil
 }
@@ -180,8 +180,8 @@ func (m *Manager) acquireNetwork(ctx context.Context, v *machine) error {
 }
 
 func (m *Manager) releaseNetwork(ctx context.Context, v *machine) error {
-	var errs []error
-	for _, name := range []string{netwire.ConfigFile, netwire.LinkSocket, netwire.ControlSocket} {
+	errs := []error{netwire.RemoveConfig(v.dir.Path())}
+	for _, name := range []string{netwire.LinkSocket, netwire.ControlSocket} {
 		errs = append(errs, removeIfThere(filepath.Join(v.dir.Path(), name)))
 	}
 	return errors.Join(errs...)
@@ -219,7 +219,7 @@ func (m *Manager) guestNetwork(v *machine) *wire.Network {
 	}
 	return &wire.Network{
 		MAC: MAC(m.instance, v.rec.Slot).String(), Address: netwire.Guest().String(), Gateway: netwire.Gateway().String(),
-		DNS: []string{netwire.Gateway().String()}, MTU: netwire.MTU, HostName: netwire.HostName,
+		DNS: []string{netwire.Gateway().String()}, MTU: netwire.MTU, HostName: netpolicy.HostName,
 	}
 }
 
