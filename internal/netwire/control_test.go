@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"banger/test/need"
 )
 
 // vmDir is a VM's directory whose path is too long for a socket's address.
@@ -114,5 +116,68 @@ func TestConfig(t *testing.T) {
 	}
 	if _, err := ReadConfig(dir); err == nil {
 		t.Error("half a file was read")
+	}
+}
+
+// On a full disk nothing new can be written, and what was before can be gone back to.
+func TestConfigOnAFullDisk(t *testing.T) {
+	need.Need(t, "root")
+	dir := t.TempDir()
+	if err := syscall.Mount("none", dir, "tmpfs", 0, "size=64k"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { syscall.Unmount(dir, syscall.MNT_DETACH) })
+	if err := os.Mkdir(filepath.Join(dir, "run"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	want := func(preset string) {
+		t.Helper()
+		if c, err := ReadConfig(dir); err != nil || c.Preset != preset {
+			t.Fatalf("it is %+v, %v, not %s", c, err, preset)
+		}
+	}
+	write := func(preset string) error { return WriteConfig(dir, Config{Network: Network{Preset: preset}}) }
+	for _, preset := range []string{"none", "lan", "internet"} {
+		if err := write(preset); err != nil {
+			t.Fatal(err)
+		}
+	}
+	filler, err := os.Create(filepath.Join(dir, "filler"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer filler.Close()
+	for err == nil {
+		_, err = filler.Write(make([]byte, 4096))
+	}
+	if err := write("host"); !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("the disk is not full: %v", err)
+	}
+	want("internet")
+	if err := write("lan"); err != nil {
+		t.Fatalf("going back: %v", err)
+	}
+	want("lan")
+	if err := RemoveConfig(dir); err != nil {
+		t.Fatal(err)
+	}
+	if left, err := os.ReadDir(filepath.Join(dir, "run")); err != nil || len(left) > 0 {
+		t.Errorf("it leaves %v, %v", left, err)
+	}
+	if err := RemoveConfig(dir); err != nil {
+		t.Errorf("when nothing is there: %v", err)
+	}
+}
+
+// Going back twice, and to what stands there already, is nothing special.
+func TestConfigBackAndForth(t *testing.T) {
+	dir := vmDir(t)
+	for i, preset := range []string{"none", "none", "lan", "none", "none", "lan", "lan", "host", "lan", "none", "host"} {
+		if err := WriteConfig(dir, Config{Network: Network{Preset: preset}}); err != nil {
+			t.Fatal(err)
+		}
+		if c, err := ReadConfig(dir); err != nil || c.Preset != preset {
+			t.Errorf("step %d: it is %+v, %v, not %s", i, c, err, preset)
+		}
 	}
 }

@@ -22,6 +22,7 @@ import (
 	bangerv1 "banger/api/banger/v1"
 	"banger/internal/daemon/store"
 	"banger/internal/netwire"
+	"banger/test/need"
 )
 
 // networked is a request for the VM "v" with a network.
@@ -498,6 +499,54 @@ func TestSetKilled(t *testing.T) {
 			d.stop(t)
 		})
 	}
+}
+
+// TestSetOnAFullDisk: the disk is full when a change is in force and not yet in the record.
+// Then it is taken back as a whole, which needs no room.
+func TestSetOnAFullDisk(t *testing.T) {
+	need.Need(t, "root")
+	const point = "set/network/reload/effect"
+	w := newNetworkWorld(t)
+	if err := os.Mkdir(w.state, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mount("none", w.state, "tmpfs", 0, "size=96m,mode=0700"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { syscall.Unmount(w.state, syscall.MNT_DETACH) })
+	d := w.start(t, "pause "+point, 0)
+	w.arrange(t, d, "running")
+	var rules []string
+	for n := range 250 {
+		rules = append(rules, fmt.Sprintf("host%03d.%s.test", n, strings.Repeat("x", 60)))
+	}
+	c, ctx := d.client(), d.ctx(t)
+	failed := make(chan error, 1)
+	go func() {
+		_, err := c.vms.Set(ctx, &bangerv1.SetVMRequest{Ref: "v", Preset: "none", Allow: rules})
+		failed <- err
+	}()
+	d.waitPoint(t, point)
+	filler, err := os.Create(filepath.Join(w.state, "filler"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer filler.Close()
+	for err == nil {
+		_, err = filler.Write(make([]byte, 4096))
+	}
+	d.resume(t)
+	wantError(t, <-failed, api.NoSpace, "", "df -h ")
+	w.wantNetwork(t, d, netwire.Network{Preset: "internet"})
+	if err := os.Remove(filler.Name()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.vms.Set(ctx, &bangerv1.SetVMRequest{Ref: "v", Preset: "none", Allow: rules[:1]}); err != nil {
+		t.Fatal(err)
+	}
+	w.wantNetwork(t, d, netwire.Network{Preset: "none", Allow: rules[:1]})
+	w.clear(t, d)
+	d.stop(t)
 }
 
 // TestSetWhileItStarts: a change that comes in the middle of a start is not lost to what the
