@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"banger/internal/guest/wire"
 )
@@ -52,6 +53,16 @@ func fakeVsock(t *testing.T, dir string, answer func(n int64, conn net.Conn)) (a
 	return asked
 }
 
+// patience bounds each wait for what must happen.
+const patience = 20 * time.Second
+
+func within(t *testing.T) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	t.Cleanup(cancel)
+	return ctx
+}
+
 // shortDir is a directory whose sockets fit into an address.
 func shortDir(t *testing.T) string {
 	t.Helper()
@@ -71,7 +82,7 @@ func TestDialWaitsForTheGuest(t *testing.T) {
 	defer c.Close()
 	dialled := make(chan net.Conn, 1)
 	go func() { // before there is a socket
-		conn, err := c.Dial(t.Context())
+		conn, err := c.Dial(within(t))
 		if err != nil {
 			t.Error(err)
 		}
@@ -94,6 +105,7 @@ func TestDialWaitsForTheGuest(t *testing.T) {
 		t.FailNow()
 	}
 	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(patience))
 	if n := asked.Load(); n != 4 {
 		t.Errorf("%d attempts", n)
 	}
@@ -146,26 +158,27 @@ func TestCloseEndsConnectionsAndDials(t *testing.T) {
 		io.Copy(io.Discard, conn)
 	})
 	c := New().Channel(dir, nil)
-	conn, err := c.Dial(t.Context())
+	conn, err := c.Dial(within(t))
 	if err != nil {
 		t.Fatal(err)
 	}
 	dialled := make(chan error, 1)
 	go func() {
-		_, err := c.Dial(t.Context())
+		_, err := c.Dial(within(t))
 		dialled <- err
 	}()
 	<-waits
 	if err := c.Close(); err != nil {
 		t.Error(err)
 	}
+	conn.SetDeadline(time.Now().Add(patience)) // fails where it is closed
 	if _, err := conn.Read(make([]byte, 1)); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("a connection of a closed channel: %v", err)
 	}
 	if err := <-dialled; !errors.Is(err, net.ErrClosed) {
 		t.Errorf("a Dial that Close met: %v", err)
 	}
-	if _, err := c.Dial(t.Context()); !errors.Is(err, net.ErrClosed) {
+	if _, err := c.Dial(within(t)); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("a Dial after Close: %v", err)
 	}
 }
