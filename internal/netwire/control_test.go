@@ -180,4 +180,10 @@ func TestConfigBackAndForth(t *testing.T) {
 			t.Errorf("step %d: it is %+v, %v, not %s", i, c, err, preset)
 		}
 	}
+	if err := RemoveConfig(dir); err != nil {
+		t.Fatal(err)
+	}
+	if left, err := os.ReadDir(filepath.Join(dir, "run")); err != nil || len(left) > 0 {
+		t.Errorf("it leaves %v, %v", left, err)
+	}
 }
