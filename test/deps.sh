@@ -25,7 +25,7 @@ declare -A package=(
   [xz]=xz-utils [zstd]=zstd
 )
 # What only the tests need: the race detector wants a C compiler.
-[ "${1:-}" = test ] && package+=([gcc]="gcc libc6-dev" [python3]=python3 [mkfs.xfs]=xfsprogs [protoc]="protobuf-compiler libprotobuf-dev" [cpio]=cpio [ip]=iproute2)
+[ "${1:-}" = test ] && package+=([gcc]="gcc libc6-dev" [python3]=python3 [pip3]=python3-pip [mkfs.xfs]=xfsprogs [protoc]="protobuf-compiler libprotobuf-dev" [cpio]=cpio [ip]=iproute2)
 
 PATH=$PATH:/usr/sbin:/sbin
 missing=()
