@@ -11,6 +11,7 @@ import (
 
 	"banger/internal/netpolicy"
 	"banger/internal/netwire"
+	"banger/test/fakeguest"
 )
 
 // The buffers of all connections together, for each direction.
@@ -125,7 +126,7 @@ func FuzzFrames(f *testing.F) {
 	f.Cleanup(log.close)
 	f.Fuzz(func(t *testing.T, stream []byte) {
 		g := newGate(log)
-		n, err := newNetwork(guestMAC(), g, newResolver(resolverOptions{
+		n, err := newNetwork(fakeguest.MAC(), g, newResolver(resolverOptions{
 			policy: func() netpolicy.Policy { return *g.policy.Load() }, own: g.own, refuse: log.add,
 			names: g.names, resolvConf: "/dev/null", hostAddr: netwire.Gateway(),
 		}))

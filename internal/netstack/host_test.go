@@ -72,7 +72,7 @@ func TestHostsOwn(t *testing.T) {
 			t.Errorf("the guest reached %s", at)
 		}
 		w.logged("tcp", at.String(), "an address of this host")
-		w.dialUDP(at).Write([]byte("to " + to))
+		w.guest.DialUDP(at).Write([]byte("to " + to))
 		w.logged("udp", at.String(), "an address of this host")
 	}
 	for _, e := range w.log() {
@@ -80,10 +80,10 @@ func TestHostsOwn(t *testing.T) {
 			t.Errorf("%s was tried first, and refused then: %+v", e.Target, e)
 		}
 	}
-	w.dialUDP(netip.AddrPortFrom(netip.MustParseAddr("198.51.100.255"), port)).Write([]byte("to all"))
+	w.guest.DialUDP(netip.AddrPortFrom(netip.MustParseAddr("198.51.100.255"), port)).Write([]byte("to all"))
 	w.logged("udp", fmt.Sprintf("198.51.100.255:%d", port), "broadcast")
 
-	later := w.dialUDP(netip.AddrPortFrom(netip.MustParseAddr("198.51.100.99"), port))
+	later := w.guest.DialUDP(netip.AddrPortFrom(netip.MustParseAddr("198.51.100.99"), port))
 	later.Write([]byte("to nobody"))
 	w.until("a flow is open", func() bool { return w.ask(netwire.OpStats).Stats.Connections == 1 })
 	ipTool(t, "addr add 198.51.100.99/32 dev v0")
@@ -101,7 +101,7 @@ func TestHostsOwn(t *testing.T) {
 func TestSlowReader(t *testing.T) {
 	w := newGuest(t, host())
 	small := tcpip.TCPReceiveBufferSizeRangeOption{Min: 4096, Default: 16384, Max: 16384}
-	if err := w.guest.SetTransportProtocolOption(tcp.ProtocolNumber, &small); err != nil {
+	if err := w.guest.Stack.SetTransportProtocolOption(tcp.ProtocolNumber, &small); err != nil {
 		t.Fatal(err)
 	}
 	w.start(noHeapLimit)
@@ -161,7 +161,7 @@ func TestPublishedHalfClose(t *testing.T) {
 	at := free.Addr().String()
 	free.Close()
 	w := newWorld(t, netwire.Network{Preset: "none", Publish: []string{at + ":80/tcp"}})
-	inside := w.listen(80)
+	inside := w.guest.Listen(80)
 	go func() {
 		for {
 			conn, err := inside.Accept()

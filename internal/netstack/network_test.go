@@ -15,6 +15,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 
 	"banger/internal/netwire"
+	"banger/test/fakeguest"
 )
 
 // pattern is n bytes that differ with seed.
@@ -47,7 +48,7 @@ func exchange(t *testing.T, conn *gonet.TCPConn, out []byte) []byte {
 
 func TestTCP(t *testing.T) {
 	w := newWorld(t, host())
-	port := hostService(t, echo)
+	port := hostService(t, fakeguest.Echo)
 	for _, size := range []int{0, 1, 100, 64 << 10, 16 << 20} {
 		sent := pattern(size, byte(size))
 		if got := exchange(t, w.mustDial(port), sent); sha256.Sum256(got) != sha256.Sum256(sent) {
@@ -153,7 +154,7 @@ func TestRefusals(t *testing.T) {
 				t.Errorf("%s is to be permitted by %q, not %q", to, e.Rule, tt.rule)
 			}
 		}
-		w.dialUDP(to).Write([]byte("hello")) // that it is told the guest, a real one shows
+		w.guest.DialUDP(to).Write([]byte("hello")) // that it is told the guest, a real one shows
 		w.logged("udp", tt.to, tt.reason)
 	}
 }
@@ -162,12 +163,12 @@ func TestRefusals(t *testing.T) {
 func TestOddFrames(t *testing.T) {
 	w := newWorld(t, host())
 	w.ask(netwire.OpStats)
-	port := hostService(t, echo)
+	port := hostService(t, fakeguest.Echo)
 	exchange(t, w.mustDial(port), []byte("x")) // it is connected
 	frame := func(change func([]byte)) []byte {
 		f := make([]byte, 14+20+8)
 		copy(f, netwire.GatewayMAC())
-		copy(f[6:], guestMAC())
+		copy(f[6:], fakeguest.MAC())
 		f[12], f[13] = 8, 0
 		f[14], f[17], f[22], f[23] = 0x45, 28, 64, 17 // IPv4, its length, TTL, UDP
 		copy(f[26:], []byte{10, 0, 2, 15})
@@ -214,7 +215,7 @@ func TestUDP(t *testing.T) {
 			server.WriteTo(buf[:n], from)
 		}
 	}()
-	conn := w.dialUDP(netip.AddrPortFrom(netwire.Gateway(), uint16(server.LocalAddr().(*net.UDPAddr).Port)))
+	conn := w.guest.DialUDP(netip.AddrPortFrom(netwire.Gateway(), uint16(server.LocalAddr().(*net.UDPAddr).Port)))
 	for _, size := range []int{1, 1472, 60_000} {
 		sent := pattern(size, 1)
 		got := make([]byte, 64<<10)
@@ -247,7 +248,7 @@ func TestUDPToNobody(t *testing.T) {
 	}
 	port := taken.LocalAddr().(*net.UDPAddr).Port
 	taken.Close()
-	conn := w.dialUDP(netip.AddrPortFrom(netwire.Gateway(), uint16(port)))
+	conn := w.guest.DialUDP(netip.AddrPortFrom(netwire.Gateway(), uint16(port)))
 	// gonet tells of an error with the next packet only.
 	w.until("the guest is told", func() bool {
 		_, err := conn.Write([]byte("hello"))
@@ -266,8 +267,8 @@ func TestRestart(t *testing.T) {
 	n := host()
 	n.Publish = []string{netwire.Publication{Protocol: "tcp", Host: netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), port), Guest: 80}.String()}
 	w := newWorld(t, n)
-	service := hostService(t, echo)
-	inside := w.listen(80)
+	service := hostService(t, fakeguest.Echo)
+	inside := w.guest.Listen(80)
 	go func() {
 		for {
 			conn, err := inside.Accept()

@@ -1,11 +1,8 @@
 package netstack
 
 import (
-	"bufio"
 	"context"
-	"encoding/binary"
 	"encoding/json"
-	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -15,37 +12,24 @@ import (
 	"testing"
 	"time"
 
-	"gvisor.dev/gvisor/pkg/buffer"
-	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
-	"gvisor.dev/gvisor/pkg/tcpip/header"
-	"gvisor.dev/gvisor/pkg/tcpip/link/channel"
-	"gvisor.dev/gvisor/pkg/tcpip/link/ethernet"
-	"gvisor.dev/gvisor/pkg/tcpip/network/arp"
-	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
-	"gvisor.dev/gvisor/pkg/tcpip/stack"
-	"gvisor.dev/gvisor/pkg/tcpip/transport/icmp"
-	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
-	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 
 	"banger/internal/netwire"
+	"banger/test/fakeguest"
 )
 
 // patience bounds each wait of a test.
-const patience = time.Minute
+const patience = fakeguest.Patience
 
 // noHeapLimit: the guest's memory is this process's too.
 const noHeapLimit = 1 << 40
-
-func guestMAC() net.HardwareAddr { return net.HardwareAddr{0x02, 0x15, 0xd6, 0x43, 0x80, 0x01} }
 
 // world is a fake QEMU with a guest's own TCP/IP stack in it, and the network that it is
 // connected to. What the guest may reach of the host is 127.0.0.1, as the gateway.
 type world struct {
 	t     *testing.T
 	dir   string
-	guest *stack.Stack
-	card  *channel.Endpoint
+	guest *fakeguest.Guest
 
 	mu   sync.Mutex // frames go out whole
 	conn net.Conn   // to the network
@@ -63,28 +47,10 @@ func newWorld(t *testing.T, n netwire.Network) *world {
 // newGuest makes all but the network.
 func newGuest(t *testing.T, n netwire.Network) *world {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "net") // short: it holds sockets
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	for _, sub := range []string{"run", "log"} {
-		if err := os.Mkdir(filepath.Join(dir, sub), 0o700); err != nil {
-			t.Fatal(err)
-		}
-	}
-	w := &world{t: t, dir: dir}
-	w.write(n)
+	w := &world{t: t, dir: fakeguest.Dir(t, n)}
+	w.guest = fakeguest.New(t, w.send)
 	w.listenQEMU()
-	w.makeStack()
 	return w
-}
-
-func (w *world) write(n netwire.Network) {
-	w.t.Helper()
-	if err := netwire.WriteConfig(w.dir, netwire.Config{MAC: guestMAC().String(), Network: n}); err != nil {
-		w.t.Fatal(err)
-	}
 }
 
 // start starts the network; what ended before is started again.
@@ -115,9 +81,7 @@ func (w *world) listenQEMU() {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	w.card = channel.New(1024, netwire.MTU, tcpip.LinkAddress(guestMAC()))
 	var work sync.WaitGroup
-	ctx, cancel := context.WithCancel(context.Background())
 	work.Go(func() {
 		for {
 			conn, err := l.Accept()
@@ -127,29 +91,17 @@ func (w *world) listenQEMU() {
 			w.mu.Lock()
 			w.conn = conn
 			w.mu.Unlock()
-			w.readFrames(conn)
+			fakeguest.ReadFrames(conn, nil, w.guest.Take)
 			conn.Close()
-		}
-	})
-	work.Go(func() {
-		for {
-			p := w.card.ReadContext(ctx)
-			if p == nil {
-				return
-			}
-			w.send(p.ToView().AsSlice())
-			p.DecRef()
 		}
 	})
 	w.t.Cleanup(func() {
 		l.Close()
-		cancel()
 		w.mu.Lock()
 		if w.conn != nil {
 			w.conn.Close()
 		}
 		w.mu.Unlock()
-		w.card.Close()
 		work.Wait()
 	})
 }
@@ -158,60 +110,13 @@ func (w *world) listenQEMU() {
 func (w *world) send(frame []byte) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.conn == nil {
-		return
+	if w.conn != nil {
+		_ = fakeguest.WriteFrame(w.conn, frame) // who went away gets none
 	}
-	if _, err := w.conn.Write(binary.BigEndian.AppendUint32(nil, uint32(len(frame)))); err == nil {
-		w.conn.Write(frame)
-	}
-}
-
-func (w *world) readFrames(conn io.Reader) {
-	r := bufio.NewReaderSize(conn, 256<<10)
-	for {
-		var length [4]byte
-		if _, err := io.ReadFull(r, length[:]); err != nil {
-			return
-		}
-		frame := make([]byte, binary.BigEndian.Uint32(length[:]))
-		if _, err := io.ReadFull(r, frame); err != nil {
-			return
-		}
-		p := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(frame)})
-		w.card.InjectInbound(header.Ethernet(frame).Type(), p)
-		p.DecRef()
-	}
-}
-
-func (w *world) makeStack() {
-	w.guest = stack.New(stack.Options{
-		NetworkProtocols:   []stack.NetworkProtocolFactory{ipv4.NewProtocol, arp.NewProtocol},
-		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol, icmp.NewProtocol4},
-	})
-	check := func(err tcpip.Error) {
-		if err != nil {
-			w.t.Fatal(err)
-		}
-	}
-	check(w.guest.CreateNIC(1, ethernet.New(w.card)))
-	check(w.guest.AddProtocolAddress(1, tcpip.ProtocolAddress{
-		Protocol:          ipv4.ProtocolNumber,
-		AddressWithPrefix: tcpip.AddressWithPrefix{Address: guestAddress(), PrefixLen: netwire.Guest().Bits()},
-	}, stack.AddressProperties{}))
-	w.guest.SetRouteTable([]tcpip.Route{{Destination: header.IPv4EmptySubnet, Gateway: gatewayAddress(), NIC: 1}})
-	w.t.Cleanup(func() {
-		w.guest.Close()
-		w.guest.Wait()
-	})
 }
 
 // dial opens a connection of the guest.
-func (w *world) dial(to netip.AddrPort) (*gonet.TCPConn, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	at := tcpip.FullAddress{NIC: 1, Addr: tcpip.AddrFrom4(to.Addr().As4()), Port: to.Port()}
-	return gonet.DialContextTCP(ctx, w.guest, at, ipv4.ProtocolNumber)
-}
+func (w *world) dial(to netip.AddrPort) (*gonet.TCPConn, error) { return w.guest.Dial(0, to) }
 
 // mustDial is dial to a port of the host's loopback.
 func (w *world) mustDial(port uint16) *gonet.TCPConn {
@@ -222,29 +127,6 @@ func (w *world) mustDial(port uint16) *gonet.TCPConn {
 	}
 	w.t.Cleanup(func() { conn.Close() })
 	return conn
-}
-
-// dialUDP opens a UDP socket of the guest.
-func (w *world) dialUDP(to netip.AddrPort) *gonet.UDPConn {
-	w.t.Helper()
-	at := tcpip.FullAddress{NIC: 1, Addr: tcpip.AddrFrom4(to.Addr().As4()), Port: to.Port()}
-	conn, err := gonet.DialUDP(w.guest, nil, &at, ipv4.ProtocolNumber)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	w.t.Cleanup(func() { conn.Close() })
-	return conn
-}
-
-// listen listens in the guest.
-func (w *world) listen(port uint16) net.Listener {
-	w.t.Helper()
-	l, err := gonet.ListenTCP(w.guest, tcpip.FullAddress{NIC: 1, Addr: guestAddress(), Port: port}, ipv4.ProtocolNumber)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	w.t.Cleanup(func() { l.Close() })
-	return l
 }
 
 // ask asks the control socket, once the network is there.
@@ -264,7 +146,7 @@ func (w *world) ask(op string) netwire.Reply {
 // set changes what the guest may reach.
 func (w *world) set(n netwire.Network) {
 	w.t.Helper()
-	w.write(n)
+	fakeguest.Write(w.t, w.dir, n)
 	if reply := w.ask(netwire.OpReload); reply.Error != "" {
 		w.t.Fatal(reply.Error)
 	}
@@ -313,44 +195,7 @@ func (w *world) until(what string, is func() bool) {
 // hostService is a service on the host's loopback that treats each connection.
 func hostService(t *testing.T, treat func(net.Conn)) (port uint16) {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var work sync.WaitGroup
-	var mu sync.Mutex
-	var open []net.Conn
-	work.Go(func() {
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			mu.Lock()
-			open = append(open, conn)
-			mu.Unlock()
-			work.Go(func() {
-				defer conn.Close()
-				treat(conn)
-			})
-		}
-	})
-	t.Cleanup(func() {
-		l.Close()
-		mu.Lock()
-		for _, conn := range open {
-			conn.Close()
-		}
-		mu.Unlock()
-		work.Wait()
-	})
-	return uint16(l.Addr().(*net.TCPAddr).Port)
-}
-
-// echo sends back what comes, and the end too.
-func echo(conn net.Conn) {
-	io.Copy(conn, conn)
-	conn.(*net.TCPConn).CloseWrite()
+	return fakeguest.Service(t, "127.0.0.1", treat)
 }
 
 // host is the widest of what a VM may reach.
