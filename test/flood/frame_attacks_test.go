@@ -14,6 +14,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 
 	"banger/internal/netwire"
+	"banger/test/fakeguest"
 )
 
 func frameAttacks() []attack {
@@ -98,8 +99,8 @@ func randomFrames(t *testing.T, g *guest) {
 				h.SetTotalLength(uint16(len(ip)))
 				h.SetFlagsFragmentOffset(0, 0)
 			}
-			h.SetSourceAddress(guestAddress())
-			h.SetDestinationAddress(gateway())
+			h.SetSourceAddress(fakeguest.Address())
+			h.SetDestinationAddress(fakeguest.Gateway())
 			ip[9] = protocols[chance.IntN(len(protocols))]
 			h.SetChecksum(0)
 			if hl := int(h.HeaderLength()); hl <= len(ip) {

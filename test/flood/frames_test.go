@@ -2,15 +2,13 @@ package flood
 
 import (
 	"encoding/binary"
-	"net"
 	"net/netip"
-	"sync"
-	"testing"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 
 	"banger/internal/netwire"
+	"banger/test/fakeguest"
 )
 
 // Where the headers begin in a frame without IP options.
@@ -20,14 +18,11 @@ const (
 	udpAt = tcpAt
 )
 
-func gateway() tcpip.Address      { return tcpip.AddrFrom4(netwire.Gateway().As4()) }
-func guestAddress() tcpip.Address { return tcpip.AddrFrom4(netwire.Guest().Addr().As4()) }
-
 // ethernetFrame is a frame from the guest to the gateway.
 func ethernetFrame(kind tcpip.NetworkProtocolNumber, payload []byte) []byte {
 	frame := make([]byte, header.EthernetMinimumSize, header.EthernetMinimumSize+len(payload))
 	header.Ethernet(frame).Encode(&header.EthernetFields{
-		SrcAddr: tcpip.LinkAddress(guestMAC()), DstAddr: tcpip.LinkAddress(netwire.GatewayMAC()), Type: kind,
+		SrcAddr: tcpip.LinkAddress(fakeguest.MAC()), DstAddr: tcpip.LinkAddress(netwire.GatewayMAC()), Type: kind,
 	})
 	return append(frame, payload...)
 }
@@ -50,7 +45,7 @@ func ipFrame(f ipFields, payload []byte) []byte {
 	h := header.IPv4(packet)
 	h.Encode(&header.IPv4Fields{
 		TotalLength: uint16(min(header.IPv4MinimumSize+len(payload), 0xffff)), TTL: 64, Protocol: uint8(f.protocol), ID: f.id,
-		Flags: flags, FragmentOffset: f.offset, SrcAddr: guestAddress(), DstAddr: tcpip.AddrFrom4(f.to.As4()),
+		Flags: flags, FragmentOffset: f.offset, SrcAddr: fakeguest.Address(), DstAddr: tcpip.AddrFrom4(f.to.As4()),
 	})
 	h.SetChecksum(^h.CalculateChecksum())
 	return ethernetFrame(header.IPv4ProtocolNumber, append(packet, payload...))
@@ -102,7 +97,7 @@ func arpFrame(target netip.Addr) []byte {
 	h := header.ARP(packet)
 	h.SetIPv4OverEthernet()
 	h.SetOp(header.ARPRequest)
-	copy(h.HardwareAddressSender(), guestMAC())
+	copy(h.HardwareAddressSender(), fakeguest.MAC())
 	copy(h.ProtocolAddressSender(), netwire.Guest().Addr().AsSlice())
 	copy(h.ProtocolAddressTarget(), target.AsSlice())
 	return ethernetFrame(header.ARPProtocolNumber, packet)
@@ -113,44 +108,4 @@ func synOptions(mss uint16) []byte {
 	options := []byte{header.TCPOptionMSS, 4, 0, 0, header.TCPOptionWS, 3, 14, header.TCPOptionNOP}
 	binary.BigEndian.PutUint16(options[2:], mss)
 	return options
-}
-
-// service is a TCP service at address that treats each connection.
-func service(t *testing.T, address string, treat func(net.Conn)) (port uint16) {
-	t.Helper()
-	l, err := net.Listen("tcp", address+":0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var work sync.WaitGroup
-	var mu sync.Mutex
-	open := make(map[net.Conn]bool)
-	work.Go(func() {
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			mu.Lock()
-			open[conn] = true
-			mu.Unlock()
-			work.Go(func() {
-				treat(conn)
-				conn.Close()
-				mu.Lock()
-				delete(open, conn)
-				mu.Unlock()
-			})
-		}
-	})
-	t.Cleanup(func() {
-		l.Close()
-		mu.Lock()
-		for conn := range open {
-			conn.Close()
-		}
-		mu.Unlock()
-		work.Wait()
-	})
-	return uint16(l.Addr().(*net.TCPAddr).Port)
 }

@@ -19,18 +19,12 @@ import (
 	"testing"
 	"time"
 
-	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
-	"gvisor.dev/gvisor/pkg/tcpip/link/channel"
-	"gvisor.dev/gvisor/pkg/tcpip/link/ethernet"
-	"gvisor.dev/gvisor/pkg/tcpip/network/arp"
-	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
-	"gvisor.dev/gvisor/pkg/tcpip/stack"
-	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 
 	"banger/internal/netwire"
+	"banger/test/fakeguest"
 )
 
 // The ports that the guest's ordinary connections come from; what is for others, the
@@ -49,8 +43,7 @@ type guest struct {
 	cmd     *exec.Cmd
 	ended   chan struct{} // closed when the process has ended
 	echos   uint16        // the port of an echo service
-	stack   *stack.Stack
-	card    *channel.Endpoint
+	inside  *fakeguest.Guest
 	ports   atomic.Uint32 // of ordinary connections
 
 	// take gets the frames that are not the stack's, in the goroutine that reads.
@@ -67,30 +60,12 @@ type guest struct {
 	notes []string
 }
 
-func guestMAC() net.HardwareAddr { return net.HardwareAddr{0x02, 0x15, 0xd6, 0x43, 0x80, 0x01} }
-
 // newGuest starts program with a network and an echo service, and connects to it.
 func newGuest(t *testing.T, program string, n netwire.Network) *guest {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "flood") // short: it holds sockets
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	for _, sub := range []string{"run", "log"} {
-		if err := os.Mkdir(filepath.Join(dir, sub), 0o700); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := netwire.WriteConfig(dir, netwire.Config{MAC: guestMAC().String(), Network: n}); err != nil {
-		t.Fatal(err)
-	}
-	g := &guest{t: t, dir: dir, network: n, ended: make(chan struct{}), pongs: make(chan uint16, 1)}
-	g.echos = service(t, "127.0.0.1", func(conn net.Conn) {
-		io.Copy(conn, conn)
-		conn.(*net.TCPConn).CloseWrite()
-	})
-	l, err := net.Listen("unix", filepath.Join(dir, netwire.LinkSocket))
+	g := &guest{t: t, dir: fakeguest.Dir(t, n), network: n, ended: make(chan struct{}), pongs: make(chan uint16, 1)}
+	g.echos = fakeguest.Service(t, "127.0.0.1", fakeguest.Echo)
+	l, err := net.Listen("unix", filepath.Join(g.dir, netwire.LinkSocket))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -145,45 +120,15 @@ func (g *guest) said() string {
 
 // carry makes the stack and reads what the network sends.
 func (g *guest) carry() {
-	g.card = channel.New(1024, netwire.MTU, tcpip.LinkAddress(guestMAC()))
-	g.stack = stack.New(stack.Options{
-		NetworkProtocols:   []stack.NetworkProtocolFactory{ipv4.NewProtocol, arp.NewProtocol},
-		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol},
-	})
-	check := func(err tcpip.Error) {
-		if err != nil {
-			g.t.Fatal(err)
-		}
-	}
+	g.inside = fakeguest.New(g.t, func(frame []byte) { g.send(frame) })
+	g.inside.KnowGateway()                                   // it is not given what ARP answers
 	soon := tcpip.TCPTimeWaitTimeoutOption(time.Millisecond) // so that ports are free again
-	check(g.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &soon))
-	check(g.stack.CreateNIC(1, ethernet.New(g.card)))
-	check(g.stack.AddProtocolAddress(1, tcpip.ProtocolAddress{
-		Protocol:          ipv4.ProtocolNumber,
-		AddressWithPrefix: guestAddress().WithPrefix(),
-	}, stack.AddressProperties{}))
-	check(g.stack.AddStaticNeighbor(1, ipv4.ProtocolNumber, gateway(), tcpip.LinkAddress(netwire.GatewayMAC())))
-	g.stack.SetRouteTable([]tcpip.Route{{Destination: header.IPv4EmptySubnet, Gateway: gateway(), NIC: 1}})
-	ctx, cancel := context.WithCancel(context.Background())
+	g.inside.Check(g.inside.Stack.SetTransportProtocolOption(header.TCPProtocolNumber, &soon))
 	var work sync.WaitGroup
-	work.Go(func() {
-		for {
-			p := g.card.ReadContext(ctx)
-			if p == nil {
-				return
-			}
-			g.send(p.ToView().AsSlice())
-			p.DecRef()
-		}
-	})
-	work.Go(g.read)
+	work.Go(func() { fakeguest.ReadFrames(g.conn, g.hear, g.receive) })
 	g.t.Cleanup(func() {
-		cancel()
 		g.conn.Close()
-		g.card.Close()
 		work.Wait()
-		g.stack.Close()
-		g.stack.Wait()
 	})
 }
 
@@ -193,32 +138,18 @@ func (g *guest) hear() {
 	defer g.deaf.Unlock()
 }
 
-func (g *guest) read() {
-	r := bufio.NewReaderSize(g.conn, 256<<10)
-	frame := make([]byte, 1<<20)
-	for {
-		g.hear()
-		var length [4]byte
-		if _, err := io.ReadFull(r, length[:]); err != nil {
-			return
+// receive treats a frame of the network.
+func (g *guest) receive(frame []byte) {
+	if ordinary(frame) {
+		g.inside.Take(frame)
+	} else if number, ok := pong(frame); ok {
+		select {
+		case g.pongs <- number:
+		default:
 		}
-		frame := frame[:binary.BigEndian.Uint32(length[:])]
-		if _, err := io.ReadFull(r, frame); err != nil {
-			return
-		}
-		if ordinary(frame) {
-			p := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(frame)})
-			g.card.InjectInbound(ipv4.ProtocolNumber, p)
-			p.DecRef()
-		} else if number, ok := pong(frame); ok {
-			select {
-			case g.pongs <- number:
-			default:
-			}
-		} else if take := g.take.Load(); take != nil {
-			(*take)(frame)
-			g.flush()
-		}
+	} else if take := g.take.Load(); take != nil {
+		(*take)(frame)
+		g.flush()
 	}
 }
 
@@ -294,12 +225,8 @@ func (g *guest) flush() {
 }
 
 // dial opens an ordinary connection.
-func (g *guest) dial(to netip.AddrPort) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	from := tcpip.FullAddress{NIC: 1, Addr: guestAddress(), Port: uint16(ordinaryFrom + g.ports.Add(1)%(ordinaryTo-ordinaryFrom))}
-	at := tcpip.FullAddress{NIC: 1, Addr: tcpip.AddrFrom4(to.Addr().As4()), Port: to.Port()}
-	return gonet.DialTCPWithBind(ctx, g.stack, from, at, ipv4.ProtocolNumber)
+func (g *guest) dial(to netip.AddrPort) (*gonet.TCPConn, error) {
+	return g.inside.Dial(uint16(ordinaryFrom+g.ports.Add(1)%(ordinaryTo-ordinaryFrom)), to)
 }
 
 // echo checks that an ordinary connection works, and returns how long it took. A program
@@ -332,7 +259,7 @@ func (g *guest) tryEcho() error {
 	if _, err := conn.Write([]byte("still there?")); err != nil {
 		return err
 	}
-	conn.(*gonet.TCPConn).CloseWrite()
+	conn.CloseWrite()
 	if got, err := io.ReadAll(conn); err != nil || string(got) != "still there?" {
 		return fmt.Errorf("%q comes back, %w", got, err)
 	}
@@ -391,9 +318,7 @@ func (g *guest) cut() {
 	nothing := g.network
 	nothing.Preset, nothing.Publish = "none", nil
 	for _, n := range []netwire.Network{nothing, g.network} {
-		if err := netwire.WriteConfig(g.dir, netwire.Config{MAC: guestMAC().String(), Network: n}); err != nil {
-			g.t.Fatal(err)
-		}
+		fakeguest.Write(g.t, g.dir, n)
 		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		reply, err := netwire.Ask(ctx, g.dir, netwire.Request{Op: netwire.OpReload})
 		cancel()

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"banger/internal/netwire"
+	"banger/test/fakeguest"
 )
 
 // Ports of the namespace that are published, one for each attack: they run side by side.
@@ -63,7 +64,7 @@ func clients(t *testing.T, g *guest, port int, accepts, down bool, downloads int
 	}
 	g.until("some connections are there", func() bool { return g.stats().Connections >= 1000 })
 	if downloads > 0 {
-		h.openAll(1024, downloads, at(service(t, "127.0.0.1", sendForEver)))
+		h.openAll(1024, downloads, at(fakeguest.Service(t, "127.0.0.1", sendForEver)))
 	}
 	g.steady()
 	g.remark("%d connections", g.stats().Connections)

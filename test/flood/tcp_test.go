@@ -10,6 +10,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 
 	"banger/internal/netwire"
+	"banger/test/fakeguest"
 )
 
 // at is the gateway's port, which is one of the host's loopback.
@@ -57,7 +58,7 @@ func tcpAttacks(there func(func())) []attack {
 
 func halfOpen(t *testing.T, g *guest, there func(func())) {
 	var port uint16
-	there(func() { port = service(t, "0.0.0.0", readAll) })
+	there(func() { port = fakeguest.Service(t, "0.0.0.0", readAll) })
 	h := newHand(g)
 	h.greets = false
 	for i := range 100_000 {
@@ -118,7 +119,7 @@ func blackHole(g *guest, holes int) {
 const most = 1020
 
 func downloads(t *testing.T, g *guest, mss, window uint16) {
-	port := service(t, "127.0.0.1", sendForEver)
+	port := fakeguest.Service(t, "127.0.0.1", sendForEver)
 	h := newHand(g)
 	h.mss, h.window = mss, window
 	h.openAll(1024, most, at(port))
@@ -147,7 +148,7 @@ func (h *hand) leave() {
 
 // trickles: each byte is a segment of its own.
 func trickles(t *testing.T, g *guest, count int) {
-	port := service(t, "127.0.0.1", func(conn net.Conn) {
+	port := fakeguest.Service(t, "127.0.0.1", func(conn net.Conn) {
 		for range 2_000_000 / count {
 			if _, err := conn.Write([]byte{1}); err != nil {
 				return
@@ -163,7 +164,7 @@ func trickles(t *testing.T, g *guest, count int) {
 
 // uploads send what the window allows.
 func uploads(t *testing.T, g *guest, treat func(net.Conn)) {
-	port := service(t, "127.0.0.1", treat)
+	port := fakeguest.Service(t, "127.0.0.1", treat)
 	h := newHand(g)
 	block := make([]byte, 32<<10)
 	h.pull = func(c *handConn) {
@@ -185,7 +186,7 @@ func uploads(t *testing.T, g *guest, treat func(net.Conn)) {
 // rudeUploads send segments of 60,000 bytes, which the stack takes whole when their first
 // byte has room.
 func rudeUploads(t *testing.T, g *guest) {
-	port := service(t, "127.0.0.1", waitForEnd)
+	port := fakeguest.Service(t, "127.0.0.1", waitForEnd)
 	h := newHand(g)
 	h.openAll(1024, most, at(port))
 	block := make([]byte, 60_000)
@@ -197,7 +198,7 @@ func rudeUploads(t *testing.T, g *guest) {
 }
 
 func disorder(t *testing.T, g *guest) {
-	port := service(t, "127.0.0.1", waitForEnd)
+	port := fakeguest.Service(t, "127.0.0.1", waitForEnd)
 	h := newHand(g)
 	h.openAll(1024, most, at(port))
 	for i := range uint32(100) {
@@ -211,7 +212,7 @@ func disorder(t *testing.T, g *guest) {
 // data waits in the stack for a guest that never acknowledges it.
 func orphans(t *testing.T, g *guest) {
 	const size = 900 << 10
-	port := service(t, "127.0.0.1", func(conn net.Conn) { conn.Write(make([]byte, size)) })
+	port := fakeguest.Service(t, "127.0.0.1", func(conn net.Conn) { conn.Write(make([]byte, size)) })
 	h := newHand(g)
 	for i := range 200 {
 		before := g.stats().Received
@@ -234,7 +235,7 @@ func orphans(t *testing.T, g *guest) {
 }
 
 func churn(t *testing.T, g *guest) {
-	port := service(t, "127.0.0.1", func(net.Conn) {})
+	port := fakeguest.Service(t, "127.0.0.1", func(net.Conn) {})
 	h := newHand(g)
 	h.acks = true
 	for i := range 100 {
@@ -245,7 +246,7 @@ func churn(t *testing.T, g *guest) {
 }
 
 func emptySegments(t *testing.T, g *guest) {
-	port := service(t, "127.0.0.1", waitForEnd)
+	port := fakeguest.Service(t, "127.0.0.1", waitForEnd)
 	h := newHand(g)
 	h.openAll(1024, 4, at(port))
 	for range 50_000 {
