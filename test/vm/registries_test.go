@@ -20,6 +20,8 @@ import (
 	"testing"
 
 	"github.com/miekg/dns"
+
+	"banger/internal/daemon/imagemgr"
 )
 
 // ownResolver is the resolver of the host for these tests, beside the world's.
@@ -312,7 +314,7 @@ func downloadDebs(t testing.TB, dir string, names []string) {
 	t.Helper()
 	apt := t.TempDir()
 	write(t, filepath.Join(apt, "sources.list"),
-		"deb [arch=amd64 signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian bookworm main\n")
+		"deb [arch=amd64 signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] "+imagemgr.PublicMain+" bookworm main\n")
 	write(t, filepath.Join(apt, "status"), "")
 	for _, sub := range []string{"lists/partial", "cache/archives/partial"} {
 		if err := os.MkdirAll(filepath.Join(apt, sub), 0o755); err != nil {

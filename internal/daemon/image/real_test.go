@@ -251,7 +251,7 @@ func checkRootfs(t *testing.T, rootfs string) {
 		}
 	}
 	sources := run(t, "debugfs", "-R", "cat /etc/apt/sources.list", rootfs)
-	if n := strings.Count(sources, "http://deb.debian.org/"); n != 3 {
+	if n := strings.Count(sources, "deb "+imagemgr.PublicMain); n != 3 {
 		t.Errorf("sources.list:\n%s", sources)
 	}
 }

@@ -12,9 +12,9 @@ import (
 	"banger/internal/daemon/hostcmd"
 )
 
-// Debian's public mirror, used where the host names no other.
+// Debian's public mirror: the guests', and the host's where its own apt names no other.
 const (
-	publicMain     = "http://deb.debian.org/debian"
+	PublicMain     = "http://deb.debian.org/debian"
 	publicSecurity = "http://deb.debian.org/debian-security"
 )
 
@@ -32,7 +32,7 @@ type archive struct {
 // mirror, proxy, time-outs. Which of the host's sources is Debian is what their
 // Release files say. Whatever comes from there is checked against keyring.
 func findArchive(ctx context.Context, keyring string) (archive, error) {
-	a := archive{main: publicMain, security: publicSecurity, keyring: keyring}
+	a := archive{main: PublicMain, security: publicSecurity, keyring: keyring}
 	targets, err := hostcmd.Run(ctx, hostcmd.Command{Argv: []string{
 		"apt-get", "indextargets", "--format", targetFormat, "Created-By: Packages",
 	}})

@@ -72,7 +72,7 @@ func TestRealPackage(t *testing.T) {
 }
 
 func TestParseDownload(t *testing.T) {
-	d, err := parseDownload("Reading...\n'http://deb.debian.org/pool/k_1%3a2_amd64.deb' k_1%3a2_amd64.deb 26713492 SHA256:e7d0\n")
+	d, err := parseDownload("Reading...\n'http://mirror.test/pool/k_1%3a2_amd64.deb' k_1%3a2_amd64.deb 26713492 SHA256:e7d0\n")
 	if err != nil || d != (download{file: "k_1%3a2_amd64.deb", size: 26713492}) {
 		t.Errorf("got %+v, %v", d, err)
 	}
@@ -86,7 +86,7 @@ func TestParseDownload(t *testing.T) {
 // What apt is told must not depend on the host's apt, and must not touch its state.
 func TestNewAptKeepsToItself(t *testing.T) {
 	dir := t.TempDir()
-	a := archive{main: publicMain, security: publicSecurity, keyring: "/k.gpg", options: []string{`Acquire::http::Proxy "http://p:1";`}}
+	a := archive{main: PublicMain, security: publicSecurity, keyring: "/k.gpg", options: []string{`Acquire::http::Proxy "http://p:1";`}}
 	apt, err := newApt(dir, a, "bookworm")
 	if err != nil {
 		t.Fatal(err)
@@ -107,10 +107,9 @@ func TestNewAptKeepsToItself(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := `deb [arch=amd64 signed-by=/k.gpg] http://deb.debian.org/debian bookworm main
-deb [arch=amd64 signed-by=/k.gpg] http://deb.debian.org/debian bookworm-updates main
-deb [arch=amd64 signed-by=/k.gpg] http://deb.debian.org/debian-security bookworm-security main
-`
+	const from = "deb [arch=amd64 signed-by=/k.gpg] "
+	want := from + PublicMain + " bookworm main\n" + from + PublicMain + " bookworm-updates main\n" +
+		from + publicSecurity + " bookworm-security main\n"
 	if diff := cmp.Diff(want, string(sources)); diff != "" {
 		t.Error(diff)
 	}

@@ -68,9 +68,9 @@ func debianFiles(suite string, dpkg []string) []File {
 		// Not the mirror of the host that built it: that may be one that only the host
 		// reaches.
 		text("etc/apt/sources.list",
-			"deb http://deb.debian.org/debian "+suite+" main",
-			"deb http://deb.debian.org/debian "+suite+"-updates main",
-			"deb http://deb.debian.org/debian-security "+suite+"-security main"),
+			"deb "+PublicMain+" "+suite+" main",
+			"deb "+PublicMain+" "+suite+"-updates main",
+			"deb "+publicSecurity+" "+suite+"-security main"),
 		text("etc/dpkg/dpkg.cfg.d/banger",
 			append([]string{"# Remove this file to get manual pages and translations."}, dpkg...)...),
 		// Watching a source tree needs more than the kernel's 128 instances.
