@@ -86,8 +86,14 @@ func TestPlaceAndRemove(t *testing.T) {
 			t.Errorf("after %s: %s", verb, got)
 		}
 	}
-	if err := h.m.Place(t.Context(), v.id, os.Getpid(), driver.Limits{}); err == nil {
-		t.Error("a second process was placed beside a VM that runs")
+	second := exec.Command("sleep", "1000")
+	if err := second.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = second.Wait() }()
+	defer func() { _ = second.Process.Kill() }()
+	if err := h.m.Place(t.Context(), v.id, second.Process.Pid, driver.Limits{}); err == nil || !v.held() {
+		t.Errorf("a second process beside a VM that runs: %v", err)
 	}
 	for range 2 { // the second time it is absent
 		if err := h.m.Remove(t.Context(), v.id); err != nil {
@@ -119,7 +125,7 @@ func TestScopeGoesWithTheVM(t *testing.T) {
 	h.eventually("the scope is gone", func() bool { return len(h.list(t.Context())) == 0 })
 }
 
-// systemd may not have seen yet that a scope is empty, which is to be made again.
+// A scope that is made again as soon as it is empty.
 func TestScopeOfTheRunBefore(t *testing.T) {
 	h := newHost(t)
 	for range 20 {

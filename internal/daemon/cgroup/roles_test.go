@@ -97,7 +97,9 @@ func newHost(t *testing.T) host {
 	t.Helper()
 	need.Need(t, "testhost")
 	h := host{T: t, m: New(fmt.Sprintf("%06x", time.Now().UnixNano()&0xffffff))}
+	var _ driver.Groups = h.m
 	t.Cleanup(func() {
+		defer h.m.Close()
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
 		for _, o := range h.list(ctx) {

@@ -87,7 +87,8 @@ func (m *Manager) probeSystemd(ctx context.Context) error {
 	})
 }
 
-// startScope makes the scope of vm with pid in it.
+// startScope makes the scope of vm with pid in it. One of the run before is in no way when
+// it is empty: systemd hears of that before it reads what it is asked.
 func (m *Manager) startScope(ctx context.Context, vm string, pid int) error {
 	if pid <= 0 || pid > math.MaxInt32 {
 		return fmt.Errorf("%d is not a pid", pid)
@@ -102,24 +103,11 @@ func (m *Manager) startScope(ctx context.Context, vm string, pid int) error {
 		{Name: "CollectMode", Value: godbus.MakeVariant("inactive-or-failed")},
 		{Name: "TimeoutStopUSec", Value: godbus.MakeVariant(uint64(stopGrace.Microseconds()))},
 	}
-	start := func(ctx context.Context, conn *dbus.Conn) error {
+	return m.talk(ctx, func(ctx context.Context, conn *dbus.Conn) error {
 		return job(ctx, conn, func(done chan<- string) (int, error) {
 			return conn.StartTransientUnitContext(ctx, m.unit(vm), "fail", properties, done)
 		})
-	}
-	err := m.talk(ctx, start)
-	if !isError(err, "org.freedesktop.systemd1.UnitExists") {
-		return err
-	}
-	// Of the run before: systemd may not have seen its end yet.
-	full, perr := populated(m.scope(vm))
-	if perr != nil || full {
-		return errors.Join(err, perr)
-	}
-	if err := m.Remove(ctx, vm); err != nil {
-		return err
-	}
-	return m.talk(ctx, start)
+	})
 }
 
 // stopScope makes systemd forget the scope of vm, which is empty.
