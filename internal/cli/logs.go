@@ -2,6 +2,7 @@ package cli
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -234,7 +235,11 @@ func refusalLine(e *bangerv1.NetworkLogEntry, vm string, now time.Time) string {
 	if day := now.Local(); at.YearDay() != day.YearDay() || at.Year() != day.Year() {
 		layout = time.DateTime
 	}
-	line := at.Format(layout) + " refused " + e.Protocol + " " + e.Target
+	line := at.Format(layout) + " " + cmp.Or(e.Event, "refused")
+	if e.Protocol != "" {
+		line += " " + e.Protocol
+	}
+	line += " " + e.Target
 	if e.Name != "" && !strings.HasPrefix(e.Target, e.Name) { // of a lookup it is the target
 		line += " (" + e.Name + ")"
 	}
@@ -245,24 +250,8 @@ func refusalLine(e *bangerv1.NetworkLogEntry, vm string, now time.Time) string {
 	line = cleanLine(line)
 	if e.Rule != "" {
 		line = fmt.Sprintf("%-55s  hint: banger set %s --allow %s", line, vm, shellWord(cleanLine(e.Rule)))
-	} else if hint := hostsHint(e.Reason); hint != "" {
-		line = fmt.Sprintf("%-55s  hint: %s", line, hint)
+	} else if e.Hint != "" {
+		line = fmt.Sprintf("%-55s  hint: %s", line, cleanLine(e.Hint))
 	}
 	return line
-}
-
-// hostsHint is the command about what the host lacks, "" when the reason is not the host's.
-func hostsHint(reason string) string {
-	for _, known := range []struct{ part, hint string }{
-		{"net.ipv4.ping_group_range", `sudo sysctl -w net.ipv4.ping_group_range="0 2147483647"`},
-		{"the host has no network", "ip route"},
-		{"the host has no resolver", "cat /etc/resolv.conf"},
-		{"the host cannot reach its resolver", "cat /etc/resolv.conf"},
-		{"the host's resolver does not answer", "cat /etc/resolv.conf"},
-	} {
-		if strings.Contains(reason, known.part) {
-			return known.hint
-		}
-	}
-	return ""
 }

@@ -27,7 +27,7 @@ func (s vmService) NetworkLog(ctx context.Context, req *bangerv1.NetworkLogReque
 	return s.d.vms.NetworkLog(ctx, req.Ref, req.Follow, func(e netwire.Entry) error {
 		return stream.Send(&bangerv1.NetworkLogEntry{
 			At: timestamppb.New(e.At), Protocol: e.Protocol, Target: e.Target, Name: e.Name,
-			Reason: e.Reason, Rule: e.Rule, Count: max(e.Count, 1),
+			Reason: e.Reason, Rule: e.Rule, Count: max(e.Count, 1), Hint: e.Hint, Event: e.Event,
 		})
 	})
 }

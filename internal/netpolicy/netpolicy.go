@@ -165,6 +165,14 @@ func (p Policy) Resolve(name string) Verdict {
 	return v
 }
 
+// AllowsName tells whether an allow rule has this very name.
+func (p Policy) AllowsName(name string) bool {
+	name = cleanName(name)
+	return slices.ContainsFunc(p.rules, func(r Rule) bool {
+		return r.Action == Allow && !r.Wildcard && r.names(name)
+	})
+}
+
 // Answer says whether the guest may learn that name has the address addr: an answer that
 // no rule and no preset could let the guest use is stripped. own is Flow.Own.
 func (p Policy) Answer(name string, addr netip.Addr, own bool) Verdict {

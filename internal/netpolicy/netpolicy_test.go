@@ -246,6 +246,21 @@ func TestResolve(t *testing.T) {
 func isComma(c rune) bool { return c == ',' }
 
 // TestAnswer: special_test.go holds the classes, this what rules make of them.
+func TestAllowsName(t *testing.T) {
+	p, err := New(Internet, []string{"a.test:443", "tcp both.test:1", "*.wide.test", "203.0.113.1"}, []string{"no.test", "both.test"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]bool{
+		"a.test": true, "A.Test.": true, "both.test": true,
+		"b.a.test": false, "test": false, "wide.test": false, "x.wide.test": false, "no.test": false, "": false, "203.0.113.1": false,
+	} {
+		if got := p.AllowsName(name); got != want {
+			t.Errorf("%q: %t", name, got)
+		}
+	}
+}
+
 func TestAnswer(t *testing.T) {
 	for _, c := range []struct {
 		preset      Preset

@@ -274,9 +274,13 @@ func (r *resolver) forward(ctx context.Context, q query, a *reply) {
 			if len(away.servers) > 0 {
 				target = away.servers[0].String()
 			}
-			r.refuse(netwire.Entry{Protocol: "dns", Target: target, Reason: err.Error()})
+			r.refuse(netwire.Entry{Protocol: "dns", Target: target, Reason: err.Error(), Hint: "cat /etc/resolv.conf"})
 		}
 		return
+	}
+	if name := policyName(q.question.name); m.rcode == rcodeNameError && r.policy().AllowsName(name) {
+		r.refuse(netwire.Entry{Event: "failed", Protocol: "dns", Target: name, Name: name,
+			Reason: "does not resolve, though a rule allows it", Hint: "getent hosts " + name})
 	}
 	if a.rcode = m.rcode; a.rcode > 15 {
 		a.rcode = rcodeServerFailure

@@ -393,6 +393,51 @@ func TestDNSNamesOfThePolicy(t *testing.T) {
 	}
 }
 
+// TestDNSBlockedWithoutEDNS: what the answer has no room for is left out.
+func TestDNSBlockedWithoutEDNS(t *testing.T) {
+	label := strings.Repeat("x", 60)
+	name := strings.Join([]string{label, label, label, label, "example"}, ".")
+	a := newAsked(t, "")
+	a.setPolicy(netpolicy.Internet, nil, []string{name})
+	m := question(name+".", dns.TypeA)
+	m.IsEdns0().SetUDPSize(dnsLeast)
+	if got := summary(a.send(m, false)); !strings.HasPrefix(got, "NXDOMAIN; 15 denied by the rule") {
+		t.Errorf("with EDNS: %q", got)
+	}
+	m.Extra = nil
+	if got := summary(a.send(m, false)); got != "NXDOMAIN" {
+		t.Errorf("without EDNS: %q", got)
+	}
+	if got := a.refusals(); len(got) != 2 {
+		t.Errorf("logged %q", got)
+	}
+}
+
+// TestDNSAllowedButUnknown: a rule with a name that nobody has is told, and no other name.
+func TestDNSAllowedButUnknown(t *testing.T) {
+	var rcode atomic.Int64
+	rcode.Store(dns.RcodeNameError)
+	a := newAsked(t, "nameserver "+serve(t, func(w dns.ResponseWriter, q *dns.Msg) {
+		w.WriteMsg(new(dns.Msg).SetRcode(q, int(rcode.Load())))
+	}))
+	a.setPolicy(netpolicy.Internet, []string{"typo.test:443", "*.wide.test"}, []string{"denied.test:80"})
+	for _, name := range []string{"TYPO.test.", "typo.test.search.example.", "a.wide.test.", "denied.test.", "other.test."} {
+		if got := summary(a.ask(name, dns.TypeA)); got != "NXDOMAIN" {
+			t.Errorf("%s: %q", name, got)
+		}
+	}
+	want := netwire.Entry{Event: "failed", Protocol: "dns", Target: "typo.test", Name: "typo.test",
+		Reason: "does not resolve, though a rule allows it", Hint: "getent hosts typo.test"}
+	if len(a.entries) != 1 || a.entries[0] != want {
+		t.Errorf("logged %+v", a.entries)
+	}
+	rcode.Store(dns.RcodeSuccess)
+	a.ask("typo.test.", dns.TypeA)
+	if len(a.entries) != 1 {
+		t.Errorf("a name without addresses is logged: %+v", a.entries[1:])
+	}
+}
+
 // TestDNSHugeAnswer: the header promises 60,000 records, the packet has as many as fit.
 func TestDNSHugeAnswer(t *testing.T) {
 	a := newAsked(t, "nameserver "+serve(t, func(w dns.ResponseWriter, q *dns.Msg) {

@@ -69,7 +69,12 @@ func (g *gate) judge(protocol string, to netip.AddrPort) (netpolicy.Flow, bool) 
 
 // refuse logs what was refused for another reason than the policy's.
 func (g *gate) refuse(protocol string, to netip.AddrPort, reason string) {
-	g.log.add(netwire.Entry{Protocol: protocol, Target: target(protocol, to), Reason: reason})
+	g.refuseHint(protocol, to, reason, "")
+}
+
+// refuseHint is refuse with a command about what the host lacks.
+func (g *gate) refuseHint(protocol string, to netip.AddrPort, reason, hint string) {
+	g.log.add(netwire.Entry{Protocol: protocol, Target: target(protocol, to), Reason: reason, Hint: hint})
 }
 
 func target(protocol string, to netip.AddrPort) string {
@@ -140,7 +145,7 @@ func (g *gate) judgeAgain() {
 
 // relieve breaks off all.
 func (g *gate) relieve() {
-	g.log.add(netwire.Entry{Target: "all connections", Reason: "together they held too much memory"})
+	g.log.add(netwire.Entry{Event: "cut", Target: "all connections", Reason: "together they held too much memory"})
 	g.cut(func(*flow) bool { return true })
 }
 

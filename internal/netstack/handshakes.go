@@ -22,11 +22,12 @@ type handshakes struct {
 	mu     sync.Mutex // a leaf
 	open   list.List  // of *handshake, the oldest first
 	target map[netip.Addr]int
-	made   map[stack.TransportEndpointID]struct{} // a packet sent again is no other one
+	// made has those that have not ended, also those that gave way: a packet sent again is
+	// no other one, and what is left of one that gave way must not end the next.
+	made map[stack.TransportEndpointID]struct{}
 }
 
 type handshake struct {
-	id     stack.TransportEndpointID
 	to     netip.Addr
 	began  time.Time
 	cancel func()
@@ -45,25 +46,31 @@ func newHandshakes() *handshakes {
 }
 
 // begin makes room for one to an address, which end gives back; cancel takes it away.
-// Without room, or when it is being made already, ok is false.
-func (h *handshakes) begin(id stack.TransportEndpointID, to netip.Addr, cancel func()) (end func(), ok bool) {
+// Without room, or when it is being made already, end is nil. full says that one was
+// dropped for want of room, this one or the one that gave way.
+func (h *handshakes) begin(id stack.TransportEndpointID, to netip.Addr, cancel func()) (end func(), full bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if _, twice := h.made[id]; twice {
 		return nil, false
 	}
 	now := time.Now()
-	if h.open.Len() >= maxHandshakes && !h.evictLocked(to, now) {
-		return nil, false
+	if full = h.open.Len() >= maxHandshakes; full && !h.evictLocked(to, now) {
+		return nil, true
 	}
-	element := h.open.PushBack(&handshake{id: id, to: to, began: now, cancel: cancel})
+	element := h.open.PushBack(&handshake{to: to, began: now, cancel: cancel})
 	h.target[to]++
 	h.made[id] = struct{}{}
+	ended := false
 	return func() {
 		h.mu.Lock()
 		defer h.mu.Unlock()
 		h.removeLocked(element)
-	}, true
+		if !ended { // later it may be another's
+			ended = true
+			delete(h.made, id)
+		}
+	}, full
 }
 
 // evictLocked ends the oldest one that must give way to one to an address.
@@ -91,7 +98,6 @@ func (h *handshakes) removeLocked(e *list.Element) {
 	}
 	s.over = true
 	h.open.Remove(e)
-	delete(h.made, s.id)
 	if h.target[s.to]--; h.target[s.to] == 0 {
 		delete(h.target, s.to)
 	}

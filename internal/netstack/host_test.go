@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -127,27 +128,50 @@ func TestSlowReader(t *testing.T) {
 	}
 }
 
-// A packet that the guest sends again begins nothing.
+// A packet that the guest sends again begins nothing, also after the first one gave way to
+// another: it may come by the other forwarder, while the first still lets go of the
+// endpoint that both would have.
 func TestRepeatedHandshake(t *testing.T) {
-	h := newHandshakes()
-	id := stack.TransportEndpointID{LocalPort: 80, RemotePort: 40000, LocalAddress: gatewayAddress(), RemoteAddress: guestAddress()}
-	to := netip.MustParseAddr("203.0.113.1")
-	end, ok := h.begin(id, to, func() {})
-	if !ok {
-		t.Fatal("there is no room for the first one")
-	}
-	if _, ok := h.begin(id, to, func() {}); ok {
-		t.Error("the same packet again began another one")
-	}
-	other := id
-	other.RemotePort++
-	if _, ok := h.begin(other, to, func() {}); !ok {
-		t.Error("there is no room for a second one")
-	}
-	end()
-	if _, ok := h.begin(id, to, func() {}); !ok {
-		t.Error("an ended one cannot begin again")
-	}
+	synctest.Test(t, func(t *testing.T) {
+		h := newHandshakes()
+		id := func(port int) stack.TransportEndpointID {
+			return stack.TransportEndpointID{LocalPort: 80, RemotePort: uint16(port), LocalAddress: gatewayAddress(), RemoteAddress: guestAddress()}
+		}
+		to := netip.MustParseAddr("203.0.113.1")
+		var ends []func()
+		cancelled := -1
+		for i := range maxHandshakes {
+			end, full := h.begin(id(i), to, func() { cancelled = i })
+			if end == nil || full {
+				t.Fatalf("there is no room for the %dth", i+1)
+			}
+			ends = append(ends, end)
+			if again, full := h.begin(id(i), to, func() {}); again != nil || full {
+				t.Error("the same packet again began another one")
+			}
+		}
+		if end, full := h.begin(id(maxHandshakes), to, func() {}); end != nil || !full {
+			t.Error("there is room for one more")
+		}
+		time.Sleep(handshakePatience)
+		last, full := h.begin(id(maxHandshakes), to, func() {})
+		if last == nil || !full || cancelled != 0 {
+			t.Fatalf("the oldest one did not give way, but %d", cancelled)
+		}
+		if end, _ := h.begin(id(0), to, func() {}); end != nil {
+			t.Error("the one that gave way began again before it had ended")
+		}
+		ends[0]()
+		last()
+		second, full := h.begin(id(0), to, func() {})
+		if second == nil || full {
+			t.Fatal("an ended one cannot begin again")
+		}
+		ends[0]() // twice, as serveTCP may
+		if end, _ := h.begin(id(0), to, func() {}); end != nil {
+			t.Error("the end of the first one was taken for that of the second")
+		}
+	})
 }
 
 // A thousand connections through a published port, half of which the client ends first,

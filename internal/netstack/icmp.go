@@ -51,7 +51,8 @@ func (n *network) servePing(id stack.TransportEndpointID, p *stack.PacketBuffer)
 			n.sendICMP(id.LocalAddress, answer)
 		case errors.Is(err, os.ErrDeadlineExceeded):
 		case errors.Is(err, errPingClosed):
-			n.gate.refuse("icmp", to, "the host lets this user send no echo requests: sysctl net.ipv4.ping_group_range")
+			n.gate.refuseHint("icmp", to, "the host lets this user send no echo requests: sysctl net.ipv4.ping_group_range",
+				`sudo sysctl -w net.ipv4.ping_group_range="0 2147483647"`)
 			prohibited()
 		default:
 			n.explain("icmp", to, err)

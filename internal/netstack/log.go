@@ -75,14 +75,17 @@ func newLog(dir string) *refusalLog {
 	return l
 }
 
-// refused is how many were added, written or not.
+// refused is how many refusals were added, written or not.
 func (l *refusalLog) refused() int64 { return l.total.Load() }
 
-// add counts e, once or as often as it says, and writes it if the bounds allow.
+// add counts e, once or as often as it says, if it is no event, and writes it if the
+// bounds allow.
 func (l *refusalLog) add(e netwire.Entry) {
 	e.Count = max(e.Count, 1)
-	l.total.Add(e.Count)
-	for _, text := range []*string{&e.Protocol, &e.Target, &e.Name, &e.Reason, &e.Rule} {
+	if e.Event == "" {
+		l.total.Add(e.Count)
+	}
+	for _, text := range []*string{&e.Protocol, &e.Target, &e.Name, &e.Reason, &e.Rule, &e.Hint, &e.Event} {
 		*text = cleanField(*text)
 	}
 	now := time.Now()

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"encoding/json"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -60,6 +61,23 @@ func counts(entries []netwire.Entry) (sum int64) {
 
 func refusedTo(target string) netwire.Entry {
 	return netwire.Entry{Protocol: "tcp", Target: target, Reason: "private network", Rule: target}
+}
+
+// TestLogEvents: what is no refusal is written, and counted as none.
+func TestLogEvents(t *testing.T) {
+	dir := logDir(t, t.TempDir())
+	l := newLog(dir)
+	g := newGate(l)
+	g.relieve()
+	g.refuseHint("icmp", netip.MustParseAddrPort("203.0.113.1:0"), "a reason", "a\ncommand")
+	l.close()
+	if l.refused() != 1 {
+		t.Errorf("%d refusals are counted", l.refused())
+	}
+	entries, _ := readLog(t, dir)
+	if len(entries) != 2 || entries[0].Event != "cut" || entries[1].Event != "" || entries[1].Hint != "a command" {
+		t.Errorf("written: %+v", entries)
+	}
 }
 
 func TestLogCountsAlikeEntries(t *testing.T) {

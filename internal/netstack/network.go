@@ -151,8 +151,12 @@ func (n *network) serveTCP(r *tcp.ForwarderRequest) {
 	}
 	ctx, cancel := context.WithCancel(n.ctx)
 	defer cancel()
-	made, ok := n.shakes.begin(r.ID(), f.Address, cancel)
-	if !ok {
+	made, full := n.shakes.begin(r.ID(), f.Address, cancel)
+	if full {
+		n.gate.log.add(netwire.Entry{Event: "dropped", Protocol: "tcp", Target: "a new connection",
+			Reason: fmt.Sprintf("the VM is making %d already", maxHandshakes)})
+	}
+	if made == nil {
 		r.Complete(false) // the guest asks again
 		return
 	}
@@ -264,7 +268,7 @@ func endsHere(to netip.Addr) bool {
 func (n *network) explain(protocol string, to netip.AddrPort, err error) {
 	switch {
 	case errors.Is(err, syscall.ENETUNREACH):
-		n.gate.refuse(protocol, to, "the host has no network that leads there")
+		n.gate.refuseHint(protocol, to, "the host has no network that leads there", "ip route")
 	case errors.Is(err, errOwn):
 		n.gate.refuse(protocol, to, errOwn.Error())
 	case errors.Is(err, syscall.EACCES):

@@ -125,6 +125,9 @@ func TestUpstreamIsAway(t *testing.T) {
 		if got := summary(a.ask("q.example.", dns.TypeA)); got != "SERVFAIL; 22 "+want {
 			t.Errorf("%q: %q", conf, got)
 		}
+		if a.entries[0].Hint != "cat /etc/resolv.conf" {
+			t.Errorf("%q: the hint is %q", conf, a.entries[0].Hint)
+		}
 		if got := a.refusals(); !slices.Equal(got, []string{"dns|" + target + "|" + want + "|"}) {
 			t.Errorf("%q: logged %q", conf, got)
 		}

@@ -72,7 +72,7 @@ type Network struct {
 	Publish []string `json:"publish,omitempty"`
 }
 
-// Entry is one line of the log: a refusal.
+// Entry is one line of the log: a refusal, or an Event.
 type Entry struct {
 	At       time.Time `json:"at"`
 	Protocol string    `json:"protocol"` // "tcp", "udp", "icmp", "dns", "ethernet" …
@@ -80,7 +80,12 @@ type Entry struct {
 	Name     string    `json:"name,omitempty"`
 	Reason   string    `json:"reason"`
 	// Rule is what an allow rule must say to permit it, empty when none can.
-	Rule  string `json:"rule,omitempty"`
+	Rule string `json:"rule,omitempty"`
+	// Hint is a command that shows or mends what the reason is about, where no rule can.
+	Hint string `json:"hint,omitempty"`
+	// Event is what happened, in one word, where nothing was refused: "cut", "dropped" or
+	// "failed". It does not count in Stats.
+	Event string `json:"event,omitempty"`
 	Count int64  `json:"count"` // how many were alike since the last line
 }
 

@@ -1234,8 +1234,8 @@ func (x *NetworkLogRequest) GetFollow() bool {
 	return false
 }
 
-// NetworkLogEntry is one refusal, or several alike in a row. Names come from the
-// guest: they are data.
+// NetworkLogEntry is one refusal or event, or several alike in a row. Names come from
+// the guest: they are data.
 type NetworkLogEntry struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	At    *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=at,proto3" json:"at,omitempty"`
@@ -1249,7 +1249,12 @@ type NetworkLogEntry struct {
 	// rule is what --allow would take to permit it, or empty when no rule can.
 	Rule string `protobuf:"bytes,6,opt,name=rule,proto3" json:"rule,omitempty"`
 	// count is how many were alike.
-	Count         int64 `protobuf:"varint,7,opt,name=count,proto3" json:"count,omitempty"`
+	Count int64 `protobuf:"varint,7,opt,name=count,proto3" json:"count,omitempty"`
+	// hint is a command that shows or mends what the reason is about, where no rule can.
+	Hint string `protobuf:"bytes,8,opt,name=hint,proto3" json:"hint,omitempty"`
+	// event is what happened, in one word, where nothing was refused: "cut", "dropped",
+	// "failed".
+	Event         string `protobuf:"bytes,9,opt,name=event,proto3" json:"event,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1331,6 +1336,20 @@ func (x *NetworkLogEntry) GetCount() int64 {
 		return x.Count
 	}
 	return 0
+}
+
+func (x *NetworkLogEntry) GetHint() string {
+	if x != nil {
+		return x.Hint
+	}
+	return ""
+}
+
+func (x *NetworkLogEntry) GetEvent() string {
+	if x != nil {
+		return x.Event
+	}
+	return ""
 }
 
 type PortsRequest struct {
@@ -3542,7 +3561,7 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\tunpublish\x18\a \x03(\tR\tunpublish\"=\n" +
 	"\x11NetworkLogRequest\x12\x10\n" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref\x12\x16\n" +
-	"\x06follow\x18\x02 \x01(\bR\x06follow\"\xc7\x01\n" +
+	"\x06follow\x18\x02 \x01(\bR\x06follow\"\xf1\x01\n" +
 	"\x0fNetworkLogEntry\x12*\n" +
 	"\x02at\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12\x1a\n" +
 	"\bprotocol\x18\x02 \x01(\tR\bprotocol\x12\x16\n" +
@@ -3550,7 +3569,9 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x04name\x18\x04 \x01(\tR\x04name\x12\x16\n" +
 	"\x06reason\x18\x05 \x01(\tR\x06reason\x12\x12\n" +
 	"\x04rule\x18\x06 \x01(\tR\x04rule\x12\x14\n" +
-	"\x05count\x18\a \x01(\x03R\x05count\" \n" +
+	"\x05count\x18\a \x01(\x03R\x05count\x12\x12\n" +
+	"\x04hint\x18\b \x01(\tR\x04hint\x12\x14\n" +
+	"\x05event\x18\t \x01(\tR\x05event\" \n" +
 	"\fPortsRequest\x12\x10\n" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref\"L\n" +
 	"\rPortsResponse\x12%\n" +

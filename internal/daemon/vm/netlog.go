@@ -189,7 +189,7 @@ func (r *networkLog) take(data []byte) error {
 		}
 		var e netwire.Entry
 		if !r.skip && json.Unmarshal(r.line, &e) == nil && e.Reason != "" {
-			for _, text := range []*string{&e.Protocol, &e.Target, &e.Name, &e.Reason, &e.Rule} {
+			for _, text := range []*string{&e.Protocol, &e.Target, &e.Name, &e.Reason, &e.Rule, &e.Hint, &e.Event} {
 				*text = wire.CleanText(*text, logField)
 			}
 			if err := r.send(e); err != nil {
