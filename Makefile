@@ -10,7 +10,7 @@ export CGO_ENABLED ?= 0
 GO ?= go
 PROGRAMS := cmd/bangerd/programs
 
-.PHONY: help build demo test test-quick lint generate deps test-deps toolchain bench test-host test-host-shell clean
+.PHONY: help build demo test test-quick lint generate deps test-deps toolchain bench bench-host test-host test-host-shell clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -43,6 +43,10 @@ generate: ## the code generated from api/banger/v1/banger.proto
 
 bench: deps build ## banger against the bare thing, in interleaved pairs
 	@$(GO) run ./test/bench
+
+bench-host: test-deps build bin/testhost ## banger in Firecracker against the same by hand, in the test host
+	@$(GO) build -o bin/bench ./test/bench
+	@bin/testhost run -timeout 60m -- /host/bin/bench -bin /host/bin -n 10
 
 test-host: test-deps build bin/testhost ## the tests that need KVM, device-mapper and systemd, in a test host
 	@bin/testhost test

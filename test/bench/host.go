@@ -35,6 +35,7 @@ type host struct {
 	root   string // removed at the end
 	bin    string
 	golden config.Layout
+	system bool // its daemons are the system's: in the test host
 }
 
 // newHost makes a host below cache, the directory that test/vm keeps its kernel and
@@ -43,11 +44,16 @@ func newHost(ctx context.Context, programs, cache string) (h *host, err error) {
 	if err := os.MkdirAll(cache, 0o755); err != nil {
 		return nil, err
 	}
-	root, err := os.MkdirTemp(cache, "bench-*")
+	system := os.Getenv("BANGER_TEST_HOST") != ""
+	near := cache
+	if system {
+		near = "" // the cache cannot be written to there
+	}
+	root, err := os.MkdirTemp(near, "bench-*")
 	if err != nil {
 		return nil, err
 	}
-	h = &host{root: root, bin: filepath.Join(root, "bin"), golden: config.Layout{Root: filepath.Join(cache, "golden")}}
+	h = &host{root: root, bin: filepath.Join(root, "bin"), golden: config.Layout{Root: filepath.Join(cache, "golden")}, system: system}
 	defer func() {
 		if err != nil {
 			h.close()
@@ -61,7 +67,24 @@ func newHost(ctx context.Context, programs, cache string) (h *host, err error) {
 			return nil, fmt.Errorf("%w (make build comes first)", err)
 		}
 	}
+	if h.system {
+		return h, h.copyGolden(ctx)
+	}
 	return h, h.fill(ctx)
+}
+
+// copyGolden copies kernel and image out of the cache, which is another file system.
+func (h *host) copyGolden(ctx context.Context) error {
+	from := h.golden
+	h.golden = config.Layout{Root: filepath.Join(h.root, "golden")}
+	if err := os.Mkdir(h.golden.Root, 0o700); err != nil {
+		return err
+	}
+	out, err := exec.CommandContext(ctx, "cp", "-a", "--sparse=auto", from.Kernels(), from.Images(), from.DB(), h.golden.Root).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("cp: %w: %s", err, out)
+	}
+	return nil
 }
 
 // fill sees to it that the golden directory has kernel and image.
@@ -136,6 +159,11 @@ func (h *host) newInstance(name string) (*instance, error) {
 			return nil, err
 		}
 	}
+	if h.system {
+		if err := l.MarkSystem(); err != nil {
+			return nil, err
+		}
+	}
 	if err := copyFile(h.golden.DB(), l.DB(), 0o600); err != nil {
 		return nil, err
 	}
@@ -169,7 +197,7 @@ func copyFile(from, to string, mode fs.FileMode) error {
 // environment is that of all of banger's processes: no configuration of the user's.
 func (i *instance) environment() []string {
 	env := slices.DeleteFunc(os.Environ(), func(kv string) bool {
-		return strings.HasPrefix(kv, "BANGER") || strings.HasPrefix(kv, "XDG_CONFIG_HOME=") || strings.HasPrefix(kv, "GOCOVERDIR=")
+		return strings.HasPrefix(kv, "BANGER") && !strings.HasPrefix(kv, "BANGER_FIRECRACKER_DIR=") || strings.HasPrefix(kv, "XDG_CONFIG_HOME=") || strings.HasPrefix(kv, "GOCOVERDIR=")
 	})
 	return append(append(env, "BANGER_STATE_DIR="+i.layout.Root, "XDG_CONFIG_HOME="+filepath.Join(i.host.root, "config"), "NO_COLOR=1"), i.env...)
 }
@@ -196,6 +224,9 @@ func (i *instance) start(ctx context.Context) (time.Duration, error) {
 	}
 	defer log.Close()
 	d := &daemon{cmd: exec.Command(filepath.Join(i.host.bin, "bangerd")), ended: make(chan struct{})}
+	if i.host.system {
+		d.cmd.Args = append(d.cmd.Args, "--system")
+	}
 	d.cmd.Env = append(i.environment(), "BANGER_READY_FD=3")
 	d.cmd.Dir, d.cmd.Stdout, d.cmd.Stderr, d.cmd.ExtraFiles = "/", log, log, []*os.File{pw}
 	d.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // Ctrl-C is for this program only
