@@ -418,7 +418,10 @@ func (g *guest) remarks() string {
 	return strings.Join(g.notes, ", ")
 }
 
-func (g *guest) wasCut() bool {
+func (g *guest) wasCut() bool { return g.logged("cut") }
+
+// logged tells whether the log has an event of that word.
+func (g *guest) logged(event string) bool {
 	data, _ := os.ReadFile(filepath.Join(g.dir, netwire.LogFile))
-	return strings.Contains(string(data), "held too much memory")
+	return strings.Contains(string(data), `"event":"`+event+`"`)
 }

@@ -111,6 +111,7 @@ func blackHole(g *guest, holes int) {
 	took := g.echo()
 	close(stop)
 	<-done
+	g.until("the log says that connections are dropped", func() bool { return g.logged("dropped") })
 	g.remark("echo meanwhile after %s", took.Round(time.Millisecond))
 }
 
