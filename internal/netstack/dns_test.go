@@ -301,7 +301,8 @@ func TestDNSForwards(t *testing.T) {
 // TestDNSNamesInData: a pointer means something else in another message, so the names that
 // it stands for are written in full, or as a pointer of ours.
 func TestDNSNamesInData(t *testing.T) {
-	const name = "\xc0\x0c" // that of the question
+	// The record's own name stands in full behind the question, where ours has a pointer.
+	const own, name = "\x01q\x07example\x00", "\xc0\x1b"
 	soa := name + "\x03a.b" + name + strings.Repeat("\x00", 20)
 	for kind, c := range map[uint16]struct{ data, want string }{
 		dns.TypeRP:    {"\x01m" + name + name, "m.q.example. q.example."},
@@ -315,7 +316,7 @@ func TestDNSNamesInData(t *testing.T) {
 		a := newAsked(t, "nameserver "+deaf(t, func(p []byte, from net.Addr, conn net.PacketConn) {
 			p[2], p[7], p[11] = p[2]|0x80, 1, 0
 			p = p[:len(p)-11] // OPT
-			p = binary.BigEndian.AppendUint16(append(p, name...), kind)
+			p = binary.BigEndian.AppendUint16(append(p, own...), kind)
 			p = binary.BigEndian.AppendUint16(append(p, 0, 1, 0, 0, 0, 9), uint16(len(c.data)))
 			conn.WriteTo(append(p, c.data...), from)
 		}))
@@ -323,6 +324,24 @@ func TestDNSNamesInData(t *testing.T) {
 		want := "NOERROR; q.example. " + dns.Type(kind).String() + " " + c.want
 		if got := summary(a.send(m, false)); got != want {
 			t.Errorf("%q, want %q", got, want)
+		}
+	}
+}
+
+// TestDNSLongMessage: a name that begins beyond 16 KiB is nothing that a pointer can say.
+func TestDNSLongMessage(t *testing.T) {
+	m := &dnsMessage{bits: bitResponse, question: dnsQuestion{newName("q.example"), dns.TypeTXT, classINET}}
+	for i := range 400 {
+		name := fmt.Sprintf("n%d.example", i/2)
+		m.answer = append(m.answer, dnsRecord{newName(name), dns.TypeTXT, classINET, 9, append([]byte{99}, strings.Repeat("x", 99)...)})
+	}
+	var got dns.Msg
+	if err := got.Unpack(m.pack(dnsMost, nil)); err != nil || got.Truncated || len(got.Answer) != len(m.answer) {
+		t.Fatalf("%v, %d records", err, len(got.Answer))
+	}
+	for i, rr := range got.Answer {
+		if want := fmt.Sprintf("n%d.example.", i/2); rr.Header().Name != want {
+			t.Errorf("record %d is of %s, not %s", i, rr.Header().Name, want)
 		}
 	}
 }
