@@ -30,7 +30,7 @@ const (
 // Firecracker makes each a connection to its Unix socket, with these ends (see
 // src/vmm/src/devices/virtio/vsock/csm/connection.rs there): a host that ends its writing
 // has closed both directions; one that the guest ends is not told to the host; and when
-// the guest has closed both, what the host has not read is dropped after 2 s. So the
+// the guest has closed both, what the host has not read may be dropped after 2 s. So the
 // streams say in frames what ends (see package wire), and after the last one the host
 // closes: a slow reader loses nothing.
 type Vsock struct {
