@@ -302,16 +302,16 @@ func TestDNSForwards(t *testing.T) {
 // it stands for are written in full, or as a pointer of ours.
 func TestDNSNamesInData(t *testing.T) {
 	// The record's own name stands in full behind the question, where ours has a pointer.
-	const own, name = "\x01q\x07example\x00", "\xc0\x1b"
+	const own, name = "\x01q\x07example\x00", "\xc0\x1d" // example
 	soa := name + "\x03a.b" + name + strings.Repeat("\x00", 20)
 	for kind, c := range map[uint16]struct{ data, want string }{
-		dns.TypeRP:    {"\x01m" + name + name, "m.q.example. q.example."},
-		dns.TypeNAPTR: {"\x00\x01\x00\x02\x01s\x00\x00" + name, `1 2 "s" "" "" q.example.`},
-		dns.TypeSRV:   {"\x00\x01\x00\x02\x00\x03\x01s" + name, "1 2 3 s.q.example."},
-		dns.TypeMX:    {"\x00\x01" + name, "1 q.example."},
-		dns.TypeSOA:   {soa, `q.example. a\.b.q.example. 0 0 0 0 0`},
-		dns.TypeHTTPS: {"\x00\x01\x01s" + name + "\x00\x04\x00\x04\x0a\x00\x00\x01", "1 s.q.example."},
-		dns.TypeAFSDB: {"\x00\x01" + name, "1 q.example."},
+		dns.TypeRP:    {"\x01m" + name + name, "m.example. example."},
+		dns.TypeNAPTR: {"\x00\x01\x00\x02\x01s\x00\x00" + name, `1 2 "s" "" "" example.`},
+		dns.TypeSRV:   {"\x00\x01\x00\x02\x00\x03\x01s" + name, "1 2 3 s.example."},
+		dns.TypeMX:    {"\x00\x01" + name, "1 example."},
+		dns.TypeSOA:   {soa, `example. a\.b.example. 0 0 0 0 0`},
+		dns.TypeHTTPS: {"\x00\x01\x01s" + name + "\x00\x04\x00\x04\x0a\x00\x00\x01", "1 s.example."},
+		dns.TypeAFSDB: {"\x00\x01" + name, "1 example."},
 	} {
 		a := newAsked(t, "nameserver "+deaf(t, func(p []byte, from net.Addr, conn net.PacketConn) {
 			p[2], p[7], p[11] = p[2]|0x80, 1, 0
