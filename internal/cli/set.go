@@ -31,12 +31,14 @@ matter: the most specific one wins, on equal terms deny. A rule replaces the sam
 of the other kind.
 A rule about a name is one about the addresses that the guest was given for it: it opens
 every other name on the same address too. Addresses that are not public are opened by
-rules that name them or a part of their network, never by a name.
+rules that name them or a part of their network, never by a name; a port of the host's
+loopback by host.banger.internal:PORT.
 
 The guest has no IPv6: it is told that names have no such addresses.
 "banger logs VM --network" shows what was refused, and which rule would allow it.`,
 		Example: `  banger set shop --network lan
   banger set shop --network none --allow github.com:443 --allow '*.golang.org:443'
+  banger set shop --allow 192.168.1.1:80 --allow host.banger.internal:5432
   banger set shop --deny 203.0.113.0/24 --forget github.com:443
   banger set shop -p 8080:80 --unpublish 3000`,
 		Args:        arguments(1, 1, "VM"),
