@@ -234,7 +234,8 @@ func TestCopyIsCancelledInTheMiddle(t *testing.T) {
 	if err := fillCopy(ctx, src, tmp, 5*chunk); !errors.Is(err, context.Canceled) {
 		t.Errorf("error %v", err)
 	}
-	if got := allocated(t, tmp); got < 2*chunk || got > 3*chunk {
+	// The kernel may copy less than it is asked for: a signal is enough.
+	if got := allocated(t, tmp); got == 0 || got > 3*chunk {
 		t.Errorf("%d bytes were copied before it was noticed", got)
 	}
 }
