@@ -22,7 +22,7 @@ func (d *Daemon) wireSystem(ctx context.Context) (driver.Host, driver.Ability, e
 		return driver.Host{}, ability, api.Errorf(api.NotReady, "%w", err).WithHint("%s", fcproc.Remedy(err))
 	}
 	groups := cgroup.New(d.instance)
-	d.onClose(groups.Close)
+	d.onClose(func() error { groups.Close(); return nil })
 	if err := groups.Probe(ctx); err != nil {
 		return driver.Host{}, ability, api.Errorf(api.NotReady, "%w", err).WithHint("banger doctor")
 	}
