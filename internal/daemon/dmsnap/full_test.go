@@ -272,7 +272,7 @@ func TestImageMountedSince(t *testing.T) {
 // The second half runs after a reboot: testhost test -reboot cut. The first leaves all
 // as it is, under an instance of its own.
 func TestReboot(t *testing.T) {
-	need.Need(t, "testhost")
+	need.Need(t, "reboot")
 	const dir = "/var/lib/dmsnap-reboot"
 	base, path, guest := filepath.Join(dir, "image"), filepath.Join(dir, "disk"), filepath.Join(dir, "mnt")
 	d := New("ab0071")
