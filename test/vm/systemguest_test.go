@@ -86,11 +86,12 @@ func (h *host) rebootsBy(t *testing.T, name string, act func(*testing.T)) {
 }
 
 // testSlowHost reads what commands have written only when Firecracker would have forgotten
-// it: it keeps it for 2 s after the guest has closed a connection. The sizes are around
-// what fits between the two.
+// it: the next connection that comes 2 s after the guest has closed one ends that
+// (CONN_SHUTDOWN_TIMEOUT_MS and sweep_killq in its source). The sizes are around what fits
+// between the two.
 func testSlowHost(t *testing.T, ch driver.Channel) {
 	defer ch.Close()
-	const sizes, step = 12, 32 << 10
+	const sizes, step = 12, 24 << 10
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	conns := make([]net.Conn, sizes)
@@ -103,7 +104,14 @@ func testSlowHost(t *testing.T, ch driver.Channel) {
 			Argv: []string{"head", "-c", fmt.Sprint((k + 1) * step), "/dev/zero"},
 		}})
 	}
-	time.Sleep(6 * time.Second) // what the test is about, not what it waits for
+	waitFor(t, time.Minute, "the end of the commands", func() bool {
+		exit, err := runIn(ctx, ch, "pgrep", "-x", "head")
+		return err == nil && exit.Code == 1
+	})
+	time.Sleep(4 * time.Second) // what the test is about, not what it waits for
+	if _, err := runIn(ctx, ch, "true"); err != nil {
+		t.Fatal(err)
+	}
 	var all sync.WaitGroup
 	for k, conn := range conns {
 		all.Go(func() {
@@ -127,6 +135,15 @@ func testSlowHost(t *testing.T, ch driver.Channel) {
 		})
 	}
 	all.Wait()
+}
+
+// runIn runs a command over a connection of its own.
+func runIn(ctx context.Context, ch driver.Channel, argv ...string) (wire.Exit, error) {
+	conn, err := ch.Dial(ctx)
+	if err != nil {
+		return wire.Exit{}, err
+	}
+	return wire.Run(ctx, conn, wire.Request{Op: wire.OpExec, Exec: &wire.Exec{Argv: argv}}, wire.Stdio{})
 }
 
 // testOnlyTheHost knocks at the agent's port from inside.
