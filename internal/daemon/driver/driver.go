@@ -82,6 +82,8 @@ type Ability struct {
 	Vsock bool
 	// NoSerials: the guest knows its disks by their order alone.
 	NoSerials bool
+	// MaxCPUs is what the VMM gives a guest at most, whatever the host has; 0 for no bound.
+	MaxCPUs int
 }
 
 // Spec describes one boot. All paths are relative to the VM's directory.

@@ -49,7 +49,7 @@ func (v *VMM) Probe(ctx context.Context) (driver.Ability, error) {
 	v.mu.Lock()
 	v.probed = &s
 	v.mu.Unlock()
-	a := driver.Ability{Accelerator: "kvm", Vsock: true, NoSerials: true}
+	a := driver.Ability{Accelerator: "kvm", Vsock: true, NoSerials: true, MaxCPUs: maxCPUs}
 	if s.Version != Tested {
 		a.Reason = "Firecracker " + s.Version + " is untested: banger is tested with " + Tested
 	}

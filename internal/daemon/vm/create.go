@@ -48,6 +48,10 @@ func (m *Manager) Validate(ctx context.Context, r CreateRequest) error {
 			return hinted(err, "banger create --help")
 		}
 	}
+	if most := m.ability.MaxCPUs; most > 0 && r.CPUs > most {
+		return api.Errorf(api.Invalid, "%d cpus are more than the %d that %s takes", r.CPUs, most, m.host.VMM.Name()).
+			WithHint("banger create --cpus %d", min(most, m.limits.CPUs))
+	}
 	if r.CPUs > m.limits.CPUs {
 		return api.Errorf(api.Invalid, "%d cpus are more than the host's %d", r.CPUs, m.limits.CPUs).
 			WithHint("banger create --cpus %d", m.limits.CPUs)
