@@ -10,7 +10,7 @@ export CGO_ENABLED ?= 0
 GO ?= go
 PROGRAMS := cmd/bangerd/programs
 
-.PHONY: help build demo test test-quick lint generate deps test-deps toolchain bench bench-host test-host test-host-shell clean
+.PHONY: help build demo test test-quick lint generate deps test-deps toolchain bench bench-host test-host test-host-shell soak clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -55,6 +55,11 @@ test-host: test-deps build bin/testhost ## the tests that need KVM, device-mappe
 
 test-host-shell: test-deps build bin/testhost ## a root shell in the test host
 	@bin/testhost shell
+
+soak: test-deps build bin/testhost ## every kill and 200 lifecycles in the test host, an hour or more
+	@$(GO) test -c -o bin/soak.test ./test/vm
+	@bin/testhost run -timeout 6h -- sh -c 'cd /host/tree/test/vm && \
+		BANGER_TEST_SOAK=1 exec /host/bin/soak.test -test.v -test.timeout 6h -test.run "^TestSystem(Kills|Lifecycles)$$"'
 
 # Not go run, which knows no exit code but 1.
 bin/testhost: toolchain

@@ -62,8 +62,9 @@ func newRepo(t testing.TB, h *host) string {
 }
 
 // TestJob is what banger is for: a repository in, a command, a change back.
-func TestJob(t *testing.T) {
-	h := newHost(t)
+func TestJob(t *testing.T) { testJob(t, newHost(t)) }
+
+func testJob(t *testing.T, h *host) {
 	repo := newRepo(t, h)
 
 	r := h.in(repo, nil, "up", "--", "make", "test")

@@ -1,14 +1,11 @@
 package vm
 
 import (
-	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
-	"time"
 
 	"banger/test/need"
 )
@@ -19,88 +16,74 @@ func newSystem(t testing.TB) *host {
 	t.Helper()
 	need.Need(t, "testhost")
 	dir := filepath.Join(t.TempDir(), "state")
-	from := filepath.Join(cacheDir(t), "golden")
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{"kernels", "images", "banger.db"} {
-		if out, err := exec.Command("cp", "-a", "--sparse=auto", filepath.Join(from, name), dir).CombinedOutput(); err != nil {
-			t.Fatalf("cp: %v\n%s", err, out)
-		}
+	h := newSystemIn(t, dir, "-l")
+	t.Cleanup(h.endSystem)
+	return h
+}
+
+// newSystemIn makes an instance in dir; how says to cp whether kernel and image are linked
+// or copied.
+func newSystemIn(t testing.TB, dir, how string) *host {
+	t.Helper()
+	from := localGolden(t)
+	for name, how := range map[string]string{"kernels": how, "images": how, "banger.db": "--sparse=auto"} { // the database is written to
+		copyTree(t, filepath.Join(from, name), dir, how)
 	}
 	if err := os.WriteFile(filepath.Join(dir, "system"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	h := &host{t: t, dir: dir, env: environment(t, dir)}
 	h.startSystem()
-	t.Cleanup(func() {
-		if t.Failed() {
-			h.dump()
-		}
-		for _, name := range strings.Fields(h.try("ps", "-q").stdout) {
-			h.try("rm", "-f", name)
-		}
-		pid := h.daemonPID()
-		syscall.Kill(pid, syscall.SIGTERM)
-		waitFor(t, 30*time.Second, "the daemon to end", func() bool { return isZombie(pid) })
-		if left := h.leaks(); left != "" {
-			t.Errorf("left on the host:\n%s", left)
-		}
-	})
 	return h
 }
 
-// startSystem starts bangerd --system and waits until it serves.
-func (h *host) startSystem() {
-	h.t.Helper()
-	log, err := os.OpenFile(filepath.Join(filepath.Dir(h.dir), "bangerd.out"), os.O_CREATE|os.O_APPEND|os.O_RDWR, 0o600)
-	if err != nil {
-		h.t.Fatal(err)
+// endSystem removes all VMs, ends the daemon and holds that nothing is left.
+func (h *host) endSystem() {
+	if h.t.Failed() {
+		h.dump()
 	}
-	defer log.Close()
-	c := exec.Command(filepath.Join(binDir(h.t), "bangerd"), "--system")
-	c.Env, c.Stdout, c.Stderr = h.env, log, log
-	c.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if err := c.Start(); err != nil {
-		h.t.Fatal(err)
+	if h.try("daemon", "status").code != 0 { // a test that failed has killed it
+		h.startSystem()
 	}
-	go c.Wait()
-	waitFor(h.t, time.Minute, "the system's daemon to serve", func() bool {
-		if isZombie(c.Process.Pid) {
-			text, _ := os.ReadFile(log.Name())
-			h.t.Fatalf("bangerd --system ended: %s", text)
-		}
-		return h.try("daemon", "status").code == 0
-	})
+	for _, name := range strings.Fields(h.try("ps", "-q").stdout) {
+		h.try("rm", "-f", name)
+	}
+	h.endDaemon()
+	h.wantFree("at the end")
+	if left := h.leaks(); left != "" {
+		h.t.Errorf("left on the host:\n%s", left)
+	}
 }
 
-// leaks lists what of the instance is on the host, one thing a line.
-func (h *host) leaks() string {
-	id, err := os.ReadFile(filepath.Join(h.dir, "instance"))
+// localGolden is golden on the test host's own disk, where links to it can be made. Its
+// cache is slow, and on another file system.
+func localGolden(t testing.TB) string {
+	t.Helper()
+	dir := filepath.Join(os.TempDir(), "banger-test-golden")
+	if _, err := os.Stat(dir); err == nil {
+		return dir
+	}
+	tmp, err := os.MkdirTemp(os.TempDir(), "banger-test-golden-")
 	if err != nil {
-		return err.Error()
+		t.Fatal(err)
 	}
-	instance := strings.TrimSpace(string(id))
-	var left []string
-	for _, argv := range [][]string{{"dmsetup", "ls"}, {"losetup", "--list", "--noheadings", "--output", "NAME,BACK-FILE"}} {
-		out, err := exec.Command(argv[0], argv[1:]...).CombinedOutput()
-		if err != nil {
-			left = append(left, fmt.Sprintf("%v: %v: %s", argv, err, out))
-		}
-		for line := range strings.Lines(string(out)) {
-			if strings.Contains(line, instance) || strings.Contains(line, h.dir) {
-				left = append(left, argv[0]+": "+strings.TrimSpace(line))
-			}
-		}
+	for _, name := range []string{"kernels", "images", "banger.db"} {
+		copyTree(t, filepath.Join(cacheDir(t), "golden", name), tmp, "--sparse=auto")
 	}
-	for _, pattern := range []string{"/sys/fs/cgroup/*/*" + instance + "*", "/sys/fs/cgroup/*" + instance + "*", h.dir + "/vms/*", "/dev/mapper/*" + instance + "*"} {
-		found, _ := filepath.Glob(pattern)
-		left = append(left, found...)
+	if err := os.Rename(tmp, dir); err != nil {
+		t.Fatal(err)
 	}
-	for _, pid := range processesBelow(h.dir) {
-		left = append(left, fmt.Sprint("process ", pid))
+	return dir
+}
+
+func copyTree(t testing.TB, from, to, how string) {
+	t.Helper()
+	if out, err := exec.Command("cp", "-a", how, from, to).CombinedOutput(); err != nil {
+		t.Fatalf("cp: %v\n%s", err, out)
 	}
-	return strings.Join(left, "\n")
 }
 
 // A VM of the system's daemon lives as one of a user's does, in Firecracker.

@@ -70,8 +70,9 @@ func (m *Manager) releaseDisk(ctx context.Context, v *machine) error {
 
 // diskDriver is the driver that made the disk of v. A record that names none was
 // never finished.
-func (m *Manager) diskDriver(v *machine) (driver.Disk, error) {
-	name := v.rec.DiskDriver
+func (m *Manager) diskDriver(v *machine) (driver.Disk, error) { return m.diskNamed(v.rec.DiskDriver) }
+
+func (m *Manager) diskNamed(name string) (driver.Disk, error) {
 	if name == "" || name == m.host.Disk.Name() {
 		return m.host.Disk, nil
 	}

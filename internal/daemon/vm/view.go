@@ -3,7 +3,9 @@ package vm
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"path"
 	"slices"
 	"strconv"
@@ -52,7 +54,7 @@ func (m *Manager) List(ctx context.Context) ([]View, error) {
 	}
 	views := make([]View, 0, len(vms))
 	for _, v := range vms {
-		view := View{VM: v, Image: images[v.ImageID], Problem: cmp.Or(m.problem(v), m.missingCard(v, kernels))}
+		view := View{VM: v, Image: images[v.ImageID], Problem: cmp.Or(m.problem(ctx, v), m.missingCard(v, kernels))}
 		if w, ok := workspaces[v.ID]; ok {
 			view.Workspace = &w
 		}
@@ -75,7 +77,7 @@ func (m *Manager) Show(ctx context.Context, ref string) (View, error) {
 	if err != nil {
 		return View{}, err
 	}
-	view := View{VM: v, Image: images[v.ImageID], Problem: cmp.Or(m.problem(v), m.missingCard(v, kernels)), Handles: m.handleText(v.ID)}
+	view := View{VM: v, Image: images[v.ImageID], Problem: cmp.Or(m.problem(ctx, v), m.missingCard(v, kernels)), Handles: m.handleText(v.ID)}
 	view.Traffic = m.traffic(ctx, v)
 	if w, err := m.store.Workspace(ctx, v.ID); err == nil {
 		view.Workspace = &w
@@ -101,8 +103,8 @@ func (m *Manager) imageNames(ctx context.Context) (map[string]string, error) {
 	return names, nil
 }
 
-// problem compares the record with the VM's lock.
-func (m *Manager) problem(v store.VM) string {
+// problem compares the record with the VM's lock, and asks the disk of one that runs.
+func (m *Manager) problem(ctx context.Context, v store.VM) string {
 	_, network := networkOf(v)
 	if v.State != store.Running {
 		return network
@@ -117,7 +119,28 @@ func (m *Manager) problem(v store.VM) string {
 	case !held:
 		return "it has ended and is being cleaned up"
 	}
-	return network
+	return cmp.Or(m.diskProblem(ctx, v), network)
+}
+
+// watchedDisk is a disk driver that can say what is wrong with the disk of a VM that runs.
+type watchedDisk interface {
+	Problem(ctx context.Context, vm, path string) (string, error)
+}
+
+func (m *Manager) diskProblem(ctx context.Context, v store.VM) string {
+	disk, err := m.diskNamed(v.DiskDriver)
+	if err != nil {
+		return err.Error()
+	}
+	watched, ok := disk.(watchedDisk)
+	if !ok {
+		return ""
+	}
+	text, err := watched.Problem(ctx, v.ID, m.layout.VM(v.ID).Disk())
+	if err != nil && ctx.Err() == nil && !errors.Is(err, fs.ErrNotExist) { // it has ended meanwhile
+		return fmt.Sprintf("cannot ask its disk: %v", err)
+	}
+	return text
 }
 
 // missingCard says that v has no network although its record asks for one: the host's VMM
