@@ -64,6 +64,108 @@ func TestEnter(t *testing.T) {
 	}
 }
 
+// What is idle gives way to a new flow: what is done with first, of equals the one that has
+// rested longest, and nothing that is in use.
+func TestIdleFlowGivesWay(t *testing.T) {
+	type state struct {
+		rest time.Duration
+		done bool
+	}
+	g := newGate(newLog(t.TempDir()))
+	defer g.log.close()
+	policy, err := netpolicy.New(netpolicy.Internet, nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.setPolicy(policy)
+	f := netpolicy.Flow{Protocol: "udp", Address: netip.MustParseAddr("203.0.113.1"), Port: 53}
+	for _, tt := range []struct {
+		flows []state
+		gone  int // -1 is none
+	}{
+		{[]state{{time.Second, false}, {0, true}, {doneRest - 1, true}, {idleRest - 1, false}}, -1},
+		{[]state{{time.Second, false}, {idleRest, false}, {idleRest + 1, false}, {idleRest, false}}, 2},
+		{[]state{{time.Minute, false}, {doneRest, true}, {doneRest + 1, true}, {0, true}}, 2},
+	} {
+		g.stuck = time.Time{}
+		gone := -1
+		var all []*flow
+		add := func(i int, s state) bool {
+			kept, _ := g.enterIdle(f, len(tt.flows), func() { gone = i }, func() (time.Duration, bool) { return s.rest, s.done })
+			all = append(all, kept)
+			return kept != nil
+		}
+		for i, s := range tt.flows {
+			add(i, s)
+		}
+		if entered := add(len(all), state{}); gone != tt.gone || entered != (tt.gone >= 0) || g.count("udp") != len(tt.flows) {
+			t.Errorf("%v: %d gave way, entered: %v, %d are open", tt.flows, gone, entered, g.count("udp"))
+		}
+		for _, kept := range all {
+			if kept != nil {
+				g.leave(kept)
+			}
+		}
+	}
+}
+
+// A resolver in the guest has a new port for each question: it must not have to wait until
+// those of old ones are free. A flow without an answer is kept: it is no question.
+func TestManyQuestions(t *testing.T) {
+	w := newWorld(t, host())
+	w.ask(netwire.OpStats)
+	server, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	quiet := make(chan string, 2)
+	go func() {
+		buf := make([]byte, 100)
+		for {
+			n, from, err := server.ReadFrom(buf)
+			if err != nil {
+				return
+			}
+			if n == 2 {
+				quiet <- from.String()
+				continue
+			}
+			server.WriteTo(buf[:n], from)
+		}
+	}()
+	received := func() string {
+		select {
+		case from := <-quiet:
+			return from
+		case <-time.After(patience):
+			t.Fatal("the server gets nothing")
+			return ""
+		}
+	}
+	to := netip.AddrPortFrom(netwire.Gateway(), uint16(server.LocalAddr().(*net.UDPAddr).Port))
+	in := make([]byte, 100)
+	first := w.guest.DialUDP(to)
+	first.Write(make([]byte, 2))
+	from := received()
+	for i := range maxFlows + 10 {
+		conn := w.guest.DialUDP(to)
+		w.until("the question is answered", func() bool {
+			conn.Write([]byte{byte(i)}) // one that was refused is asked again
+			conn.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
+			n, err := conn.Read(in)
+			return err == nil && n == 1 && in[0] == byte(i)
+		})
+	}
+	if open := w.ask(netwire.OpStats).Stats.Connections; open > maxFlows {
+		t.Errorf("%d flows are open", open)
+	}
+	first.Write(make([]byte, 2))
+	if now := received(); now != from {
+		t.Errorf("the flow without an answer gave way: from %s, then %s", from, now)
+	}
+}
+
 // The guard sees what is alive, is quiet below its limit, and when it was stopped.
 func TestHeapGuard(t *testing.T) {
 	runtime.GC()

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"banger/internal/netpolicy"
 	"banger/internal/netwire"
@@ -27,6 +28,7 @@ type gate struct {
 	mu    sync.Mutex // a leaf
 	flows map[*flow]struct{}
 	open  map[string]int // of flows, by protocol
+	stuck time.Time      // when none of all flows could give way
 }
 
 // flow is something that the gate let through.
@@ -34,6 +36,8 @@ type flow struct {
 	netpolicy.Flow
 	// end breaks it off. It may be called twice, and must not wait.
 	end func()
+	// idle is nil for what never gives way, see datagramFlow.
+	idle func() (rest time.Duration, done bool)
 }
 
 func newGate(log *refusalLog) *gate {
@@ -90,18 +94,72 @@ func target(protocol string, to netip.AddrPort) string {
 // enter makes f known until leave; end breaks it off. It is nil, and why, when the policy
 // has changed its mind since f was judged, or room is used up.
 func (g *gate) enter(f netpolicy.Flow, most int, end func()) (*flow, string) {
-	kept := &flow{Flow: f, end: end}
+	return g.enterIdle(f, most, end, nil)
+}
+
+// enterIdle is enter for a flow that gives way to others of its protocol once it is idle.
+func (g *gate) enterIdle(f netpolicy.Flow, most int, end func(), idle func() (time.Duration, bool)) (*flow, string) {
+	kept, old, reason := g.enterFor(&flow{Flow: f, end: end, idle: idle}, most)
+	if old != nil {
+		old.end()
+	}
+	return kept, reason
+}
+
+// enterFor is enter; old is what gave way, and is to be ended.
+func (g *gate) enterFor(f *flow, most int) (kept, old *flow, reason string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if verdict := g.policy.Load().Judge(f.Flow); !verdict.Allowed {
+		return nil, nil, verdict.Reason
+	}
 	if g.open[f.Protocol] >= most {
-		return nil, fmt.Sprintf("the VM has %d %s connections already", most, f.Protocol)
+		if f.idle != nil {
+			old = g.idleLocked(f.Protocol)
+		}
+		if old == nil {
+			return nil, nil, fmt.Sprintf("the VM has %d %s connections already", most, f.Protocol)
+		}
+		g.dropLocked(old)
 	}
-	if verdict := g.policy.Load().Judge(f); !verdict.Allowed {
-		return nil, verdict.Reason
-	}
-	g.flows[kept] = struct{}{}
+	g.flows[f] = struct{}{}
 	g.open[f.Protocol]++
-	return kept, ""
+	return f, old, ""
+}
+
+// The least rest of what gives way: of a flow that is probably done with, and of others.
+// After stuckTime without such a one the flows are looked through again: a guest that
+// floods must not have it done for each packet.
+const (
+	doneRest  = 250 * time.Millisecond
+	idleRest  = 2 * time.Second
+	stuckTime = 20 * time.Millisecond
+)
+
+// idleLocked finds the flow that must give way to another one of its protocol: the one
+// that has rested longest, those that are done with first.
+func (g *gate) idleLocked(protocol string) (old *flow) {
+	if time.Since(g.stuck) < stuckTime {
+		return nil
+	}
+	var longest time.Duration
+	var spent bool
+	for f := range g.flows {
+		if f.Protocol != protocol || f.idle == nil {
+			continue
+		}
+		rest, done := f.idle()
+		if done = done && rest >= doneRest; !done && rest < idleRest {
+			continue
+		}
+		if old == nil || done && !spent || done == spent && rest > longest {
+			old, longest, spent = f, rest, done
+		}
+	}
+	if old == nil {
+		g.stuck = time.Now()
+	}
+	return old
 }
 
 func (g *gate) leave(f *flow) {

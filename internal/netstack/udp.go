@@ -28,7 +28,9 @@ func (n *network) serveUDP(r *udp.ForwarderRequest) bool {
 		return false
 	}
 	ctx, cancel := context.WithCancel(n.ctx)
-	kept, reason := n.gate.enter(f, maxFlows, cancel)
+	d := &datagramFlow{network: n, ctx: ctx, cancel: cancel, to: to}
+	d.used.Store(time.Now().UnixNano())
+	kept, reason := n.gate.enterIdle(f, maxFlows, cancel, d.idle)
 	if kept == nil {
 		cancel()
 		n.gate.refuse("udp", to, reason)
@@ -44,7 +46,7 @@ func (n *network) serveUDP(r *udp.ForwarderRequest) bool {
 		n.explain("udp", to, err)
 		return fail()
 	}
-	d := &datagramFlow{network: n, outside: outside.(*net.UDPConn), ctx: ctx, cancel: cancel, to: to}
+	d.outside = outside.(*net.UDPConn)
 	port := r.ID().RemotePort
 	d.closed = func() { n.sendICMP(tcpip.AddrFrom4(to.Addr().As4()), portUnreachable(port, to)) }
 	endpoint, problem := r.CreateEndpoint(&d.queue)
@@ -73,6 +75,20 @@ type datagramFlow struct {
 	to      netip.AddrPort
 	closed  func()       // tells the guest that nobody listens there
 	used    atomic.Int64 // time of the last datagram, in nanoseconds since 1970
+	// asked and answered count datagrams.
+	asked, answered atomic.Int64
+}
+
+// oneShot is the most that a guest asks by a flow that it will not use again. A resolver's
+// client has one socket for the questions for A and for AAAA.
+const oneShot = 2
+
+// idle tells for how long no datagram has come, and whether the guest has probably got all
+// that it wanted.
+func (d *datagramFlow) idle() (rest time.Duration, done bool) {
+	asked := d.asked.Load()
+	done = asked > 0 && asked <= oneShot && d.answered.Load() >= asked
+	return time.Since(time.Unix(0, d.used.Load())), done
 }
 
 // run returns when no datagram has come for flowIdle, or ctx has ended.
@@ -121,6 +137,7 @@ func (d *datagramFlow) up() {
 		result, problem := d.guest.Read(&w, tcpip.ReadOptions{})
 		var err error
 		if problem == nil {
+			d.asked.Add(1)
 			d.touch(&d.network.gate.sent, result.Count)
 			_, err = d.outside.Write((*buf)[:result.Count])
 		}
@@ -167,6 +184,7 @@ func (d *datagramFlow) down() {
 			return // closed
 		}
 		if err == nil {
+			d.answered.Add(1)
 			d.touch(&d.network.gate.received, size)
 			// A guest that takes nothing loses datagrams, as on every network.
 			d.guest.Write(newPayload((*buf)[:size]), tcpip.WriteOptions{})
