@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -26,6 +27,7 @@ const (
 	upstreamRounds   = 2
 	upstreamAttempt  = 2 * time.Second
 	upstreamOverall  = 5 * time.Second
+	upstreamSilence  = 30 * time.Second // for which a server that was silent is asked last
 	upstreamInFlight = 256
 	upstreamTCP      = 16 // answers of 64 KiB that are in memory at once
 	upstreamUDP      = 1232
@@ -53,10 +55,11 @@ type upstream struct {
 	looked  time.Time
 	seen    os.FileInfo
 	servers []netip.AddrPort
+	silent  map[netip.AddrPort]time.Time // until when they are asked last
 }
 
 func newUpstream(path string) *upstream {
-	return &upstream{path: path, slots: make(chan struct{}, upstreamInFlight), tcp: make(chan struct{}, upstreamTCP)}
+	return &upstream{path: path, silent: make(map[netip.AddrPort]time.Time), slots: make(chan struct{}, upstreamInFlight), tcp: make(chan struct{}, upstreamTCP)}
 }
 
 // current returns the resolvers of now.
@@ -89,6 +92,39 @@ func (u *upstream) current() []netip.AddrPort {
 	}
 	u.seen, u.servers = info, parseResolvConf(data)
 	return u.servers
+}
+
+// inOrder returns servers with those last that were silent. One whose time is over stands
+// in its place again for one question, while others still ask it last: if it is silent
+// still, only that one waits.
+func (u *upstream) inOrder(servers []netip.AddrPort) []netip.AddrPort {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	now := time.Now()
+	var first, last []netip.AddrPort
+	for _, server := range servers {
+		until, silent := u.silent[server]
+		switch {
+		case silent && now.Before(until):
+			last = append(last, server)
+			continue
+		case silent:
+			u.silent[server] = now.Add(upstreamAttempt)
+		}
+		first = append(first, server)
+	}
+	return append(first, last...)
+}
+
+// heard notes that a server has spoken, or that it has not.
+func (u *upstream) heard(server netip.AddrPort, spoke bool) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if delete(u.silent, server); spoke {
+		return
+	}
+	maps.DeleteFunc(u.silent, func(old netip.AddrPort, _ time.Time) bool { return !slices.Contains(u.servers, old) })
+	u.silent[server] = time.Now().Add(upstreamSilence)
 }
 
 // parseResolvConf finds the nameservers of resolv.conf(5). The port is 53, or that of
@@ -166,11 +202,14 @@ func (u *upstream) ask(ctx context.Context, q query) (*dnsMessage, error) {
 	defer cancel()
 	var last *dnsMessage
 	cause := errUnreachable
-	left := slices.Clone(servers)
+	left := u.inOrder(servers)
 	for range upstreamRounds {
 		again := left[:0]
 		for _, server := range left {
 			answer, err := u.askServer(ctx, server, q)
+			if ctx.Err() == nil { // else it had not all of its time
+				u.heard(server, !isTimeout(err))
+			}
 			switch {
 			case err == nil && usable(answer):
 				return answer, nil
