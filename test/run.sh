@@ -34,12 +34,6 @@ go test -count=1 -v -timeout 10m ./test/flood # it measures memory, which the ra
 if [ -z "$quick" ]; then
   step "real guests"
   go test -count=1 -v -timeout 40m ./test/vm
-  if [ "$(id -u)" -eq 0 ]; then
-    step "the test host: Firecracker, device-mapper, systemd"
-    make --no-print-directory test-host
-  else
-    echo "the test host is left out: to build it takes root"
-  fi
 fi
 
 step "coverage"
