@@ -64,6 +64,44 @@ func TestEnter(t *testing.T) {
 	}
 }
 
+// A name that was looked up after a connection began is one of its names when the policy
+// changes, and so are those that it began with.
+func TestLaterNames(t *testing.T) {
+	g := newGate(newLog(t.TempDir()))
+	defer g.log.close()
+	set := func(deny ...string) {
+		policy, err := netpolicy.New(netpolicy.Host, nil, deny)
+		if err != nil {
+			t.Fatal(err)
+		}
+		g.setPolicy(policy)
+	}
+	set()
+	addr := netip.MustParseAddr("203.0.113.1")
+	open := func(names ...string) {
+		f := netpolicy.Flow{Protocol: "tcp", Address: addr, Port: 443, Names: names}
+		if kept, reason := g.enter(f, 9, func() {}); kept == nil {
+			t.Fatal(reason)
+		}
+	}
+	open()
+	g.names.learn([]string{"later.example"}, addr, time.Minute)
+	set("other.example")
+	if g.count("tcp") != 1 {
+		t.Error("the name of another address cut it")
+	}
+	set("later.example")
+	if g.count("tcp") != 0 {
+		t.Error("a name that was looked up later does not cut it")
+	}
+	set()
+	open("early.example")
+	set("early.example:443")
+	if g.count("tcp") != 0 {
+		t.Error("the name that it began with does not cut it")
+	}
+}
+
 // What is idle gives way to a new flow: what is done with first, of equals the one that has
 // rested longest, and nothing that is in use.
 func TestIdleFlowGivesWay(t *testing.T) {

@@ -196,6 +196,8 @@ func (g *gate) judgeAgain() {
 		asked := f.Flow
 		if !asked.Gateway {
 			asked.Own = asked.Own || g.own(asked.Address)
+			// What the guest has looked up since is a name of the connection too.
+			asked.Names = append(g.names.lookup(asked.Address), asked.Names...)
 		}
 		return !p.Judge(asked).Allowed
 	})
