@@ -16,7 +16,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io"
+
 	"os"
 	"os/exec"
 	"os/signal"
@@ -205,10 +205,27 @@ func shell(ctx context.Context, o options) (int, error) {
 	o.command = "exec bash -l"
 	o.timeout = 24 * time.Hour
 	progress("a shell in the test host takes 20 s; exit ends it")
-	before, err := term.MakeRaw(in)
+	before, err := term.GetState(in)
 	if err != nil {
 		return 0, err
 	}
 	defer term.Restore(in, before)
-	return o.run(ctx, io.Reader(os.Stdin), os.Stdout)
+	return o.run(ctx, os.Stdin, &rawTerminal{fd: in})
+}
+
+// rawTerminal hands the terminal over with the first output of the shell: until then
+// Ctrl-C is ours.
+type rawTerminal struct {
+	fd  int
+	raw bool
+}
+
+func (r *rawTerminal) Write(b []byte) (int, error) {
+	if !r.raw && len(b) > 0 {
+		if _, err := term.MakeRaw(r.fd); err != nil {
+			return 0, err
+		}
+		r.raw = true
+	}
+	return os.Stdout.Write(b)
 }

@@ -36,6 +36,8 @@ case $TESTHOST_PORT in
 *) bash /host/job/command </dev/null ;;
 esac
 status=$?
+# The end of the shell's session has hung the terminal up.
+[ "$TESTHOST_PORT" != /dev/hvc0 ] || exec <>"$TESTHOST_PORT" >&0 2>&1
 [ $status = 0 ] || journalctl -b -o short-monotonic >/host/results/journal 2>&1
 [ "$TESTHOST_END" != orderly ] || sync
 printf '%s exit %d\n' "$TESTHOST_MARK" "$status"
