@@ -19,6 +19,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 
 	"banger/internal/netwire"
+	"banger/test/fakeguest"
 )
 
 // ipTool runs ip(8) in the network namespace of the test.
@@ -95,6 +96,55 @@ func TestHostsOwn(t *testing.T) {
 	case text := <-reached:
 		t.Errorf("the host's service got %q", text)
 	default:
+	}
+}
+
+// The host's loopback is its IPv6 address too, where nobody listens at the other one.
+func TestIPv6Loopback(t *testing.T) {
+	if !inNetns(t) {
+		return
+	}
+	ipTool(t, "link set lo up")
+	answer := func(text string) func(net.Conn) {
+		return func(conn net.Conn) { conn.Write([]byte(text)) }
+	}
+	six := fakeguest.Service(t, "::1", answer("six"))
+	w := newWorld(t, host())
+	w.ask(netwire.OpStats)
+	if got := exchange(t, w.mustDial(six), nil); string(got) != "six" {
+		t.Errorf("the guest got %q", got)
+	}
+	at := netip.AddrPortFrom(netwire.Gateway(), six)
+	if conn, err := w.dial(netip.AddrPortFrom(netwire.Gateway(), six-1)); err == nil {
+		conn.Close()
+		t.Error("the guest reached a port where nobody listens")
+	} else if !strings.Contains(err.Error(), "refused") {
+		t.Errorf("where nobody listens the guest sees: %v", err)
+	}
+	w.set(netwire.Network{Preset: "internet"})
+	if conn, err := w.dial(at); err == nil {
+		conn.Close()
+		t.Error("the guest reached it though the policy forbids the loopback")
+	}
+	w.logged("tcp", at.String(), "loopback")
+	w.set(host())
+	l, err := net.Listen("tcp4", fmt.Sprintf("127.0.0.1:%d", six))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			conn.Write([]byte("four"))
+			conn.Close()
+		}
+	}()
+	if got := exchange(t, w.mustDial(six), nil); string(got) != "four" {
+		t.Errorf("with both, the guest got %q", got)
 	}
 }
 

@@ -227,6 +227,12 @@ var errOwn = errors.New("an address of this host")
 func dialOutside(ctx context.Context, f netpolicy.Flow) (net.Conn, error) {
 	d := net.Dialer{KeepAlive: -1, Control: noBroadcast}
 	conn, err := d.DialContext(ctx, f.Protocol, netip.AddrPortFrom(f.Address, f.Port).String())
+	if f.Gateway && f.Protocol == "tcp" && errors.Is(err, syscall.ECONNREFUSED) {
+		// Some programs bind "localhost" to its IPv6 address alone.
+		if six, failed := d.DialContext(ctx, "tcp", netip.AddrPortFrom(netip.IPv6Loopback(), f.Port).String()); failed == nil {
+			return six, nil
+		}
+	}
 	if err == nil && !f.Own && !f.Gateway && isOwn(conn.LocalAddr(), f.Address) {
 		abort(conn)
 		return nil, errOwn
