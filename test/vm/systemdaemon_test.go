@@ -2,6 +2,7 @@ package vm
 
 import (
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -68,10 +69,10 @@ func (o *order) at(point string) error {
 	return nil
 }
 
-// startOrdered starts the daemon that this test binary is.
-func (h *host) startOrdered(order string) {
+// startOrdered starts the daemon that this test binary is, and returns its pid.
+func (h *host) startOrdered(order string) int {
 	h.t.Helper()
-	h.startDaemon(exec.Command(os.Args[0]), envOrder+"="+order)
+	return h.startDaemon(exec.Command(os.Args[0]), envOrder+"="+order)
 }
 
 // startSystem starts bangerd --system and waits until it serves.
@@ -80,7 +81,7 @@ func (h *host) startSystem() {
 	h.startDaemon(exec.Command(filepath.Join(binDir(h.t), "bangerd"), "--system"))
 }
 
-func (h *host) startDaemon(c *exec.Cmd, env ...string) {
+func (h *host) startDaemon(c *exec.Cmd, env ...string) int {
 	h.t.Helper()
 	log, err := os.OpenFile(filepath.Join(filepath.Dir(h.dir), "bangerd.out"), os.O_CREATE|os.O_APPEND|os.O_RDWR, 0o600)
 	if err != nil {
@@ -98,15 +99,20 @@ func (h *host) startDaemon(c *exec.Cmd, env ...string) {
 			text, _ := os.ReadFile(log.Name())
 			h.t.Fatalf("bangerd --system ended: %s", text)
 		}
-		return h.try("daemon", "status").code == 0
+		conn, err := net.Dial("unix", filepath.Join(h.dir, "bangerd.sock"))
+		if err == nil {
+			conn.Close()
+		}
+		return err == nil
 	})
+	return c.Process.Pid
 }
 
 // replaceDaemon kills the daemon that serves and starts the one of that order at once.
-func (h *host) replaceDaemon(order string) {
+func (h *host) replaceDaemon(order string) int {
 	h.t.Helper()
 	h.killDaemon(h.daemonPID())
-	h.startOrdered(order)
+	return h.startOrdered(order)
 }
 
 // points are the steps that daemons with an order have gone through.

@@ -52,11 +52,11 @@ func TestSystemKills(t *testing.T) {
 		begun := time.Now()
 		stop, start := stops[k%len(stops)], starts[k%len(starts)]
 		h.dieAt(stop, "stop", "dev")
-		h.startOrdered("kill " + start)
+		pid := h.startOrdered("kill " + start)
 		if h.settled("dev", stop) == "RUNNING" {
 			h.ok("stop", "dev")
 		}
-		h.wantDead(start, "start", "dev")
+		h.wantDead(pid, start, "start", "dev")
 		h.startOrdered("log")
 		h.settled("dev", start)
 		h.ok("start", "dev")
@@ -87,13 +87,11 @@ func isDisk(row string) bool {
 // gets it there.
 func (h *host) dieAt(point string, args ...string) {
 	h.t.Helper()
-	h.replaceDaemon("kill " + point)
-	h.wantDead(point, args...)
+	h.wantDead(h.replaceDaemon("kill "+point), point, args...)
 }
 
-func (h *host) wantDead(point string, args ...string) {
+func (h *host) wantDead(pid int, point string, args ...string) {
 	h.t.Helper()
-	pid := h.daemonPID()
 	r := h.try(args...)
 	waitFor(h.t, 10*time.Second, "the daemon to die at "+point, func() bool { return isZombie(pid) })
 	if r.code == 0 {
