@@ -23,6 +23,28 @@ find /host/tree/bin -maxdepth 1 -type f ! -name testhost -exec cp -t /host/bin {
 mkdir -p -m 1777 /var/lib/tmp
 wait $! || echo "testhost: a module does not load" >&2
 
+# The host hangs when its kernel writes to code of its own that another processor runs:
+# QEMU 7.2 can go on executing the breakpoint that the kernel puts there for the time
+# being. KVM has the scheduler's code written when the first VM is made and when the last
+# goes, and that of its APICs with every processor; a group with a bound on its CPU does too.
+# So there is always one of each: a VM that never runs.
+perl <<'END' &
+open(my $kvm, "+<", "/dev/kvm") or die "/dev/kvm: $!";
+my $id = ioctl($kvm, 0xAE01, 0) or die "KVM_CREATE_VM: $!";
+open(my $vm, "+<&=", $id + 0) or die $!;
+ioctl($vm, 0xAE60, 0) or die "KVM_CREATE_IRQCHIP: $!";
+$id = ioctl($vm, 0xAE41, 0) or die "KVM_CREATE_VCPU: $!";
+open(my $cpu, "+<&=", $id + 0) or die $!;
+my $sregs = "\0" x 312;
+ioctl($cpu, 0x8138AE83, $sregs) or die "KVM_GET_SREGS: $!";
+substr($sregs, 272, 8) = pack("Q", unpack("Q", substr($sregs, 272, 8)) & ~0x800); # its APIC is off
+ioctl($cpu, 0x4138AE84, $sregs) or die "KVM_SET_SREGS: $!";
+sleep;
+END
+echo +cpu >/sys/fs/cgroup/cgroup.subtree_control
+mkdir /sys/fs/cgroup/bounded
+echo "100000 100000" >/sys/fs/cgroup/bounded/cpu.max
+
 export HOME=/root USER=root LANG=C.UTF-8 TERM="$TESTHOST_TERM"
 export PATH=/host/bin:/host/firecracker:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 export BANGER_TEST_HOST=1 BANGER_TEST_BOOT="$TESTHOST_BOOT" BANGER_TEST_REBOOT="$TESTHOST_REBOOT" BANGER_TEST_REQUIRE=testhost,root
