@@ -186,7 +186,7 @@ func TestWithoutNetwork(t *testing.T) {
 	w := newWorld(t)
 	d := w.start(t, "", 0)
 	c, ctx := d.client(), d.ctx(t)
-	for _, n := range []*bangerv1.Network{{Preset: "lan"}, {Publish: []string{"80:80"}}, {Preset: "none", Allow: []string{"a.test"}}} {
+	for _, n := range []*bangerv1.Network{{Preset: "lan"}, {Publish: []string{"80:80"}}, {Preset: "none", Allow: []string{"a.test"}}, {Preset: "none", Deny: []string{"a.test"}}} {
 		_, err := c.vms.Create(ctx, networked(n))
 		wantError(t, err, api.Refused, "VMs have no network here", "banger doctor")
 	}

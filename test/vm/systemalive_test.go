@@ -18,7 +18,7 @@ import (
 func TestSystemAdopts(t *testing.T) {
 	h := newSystem(t)
 	h.makeBare("dev", "512M")
-	h.ok("start", "dev")
+	h.start("dev")
 	h.ok("exec", "dev", "sh", "-c", "echo memory > /dev/shm/file")
 	before := h.show("dev").Handles
 	same := func(when string) {
@@ -53,7 +53,7 @@ func TestSystemAdopts(t *testing.T) {
 	waitFor(t, time.Minute, "the daemon in its unit to serve", func() bool { return h.try("daemon", "status").code == 0 })
 	same("under the daemon in its unit")
 	h.ok("stop", "dev")
-	h.ok("start", "dev") // this one is forked in the unit
+	h.start("dev") // this one is forked in the unit
 	h.ok("exec", "dev", "sh", "-c", "echo memory > /dev/shm/file")
 	before = h.show("dev").Handles
 	pid := h.daemonPID()
@@ -80,7 +80,7 @@ func TestSystemOutOfMemory(t *testing.T) {
 	h := newSystem(t)
 	for _, name := range []string{"greedy", "other"} {
 		h.makeBare(name, "512M")
-		h.ok("start", name)
+		h.start(name)
 	}
 	other := h.show("other").Handles
 	group := h.group("greedy")
@@ -100,7 +100,7 @@ func TestSystemOutOfMemory(t *testing.T) {
 	if v := h.show("greedy"); v.Ended != why {
 		t.Errorf("it has ended like this: %q", v.Ended)
 	}
-	for _, args := range [][]string{{"show", "greedy"}, {"ps"}} {
+	for _, args := range [][]string{{"show", "greedy"}, {"ps", "--format", "json"}} {
 		if out := h.ok(args...); !strings.Contains(out, "more memory") {
 			t.Errorf("banger %s does not say why:\n%s", args[0], out)
 		}
@@ -130,7 +130,7 @@ func TestSystemTwice(t *testing.T) {
 	a, b := newSystem(t), newSystem(t)
 	for _, h := range []*host{a, b} {
 		h.makeBare("dev", "384M")
-		h.ok("start", "dev")
+		h.start("dev")
 		h.ok("exec", "dev", "sh", "-c", "echo "+h.show("dev").ID+" > /root/file && sync")
 	}
 	for range 2 {
@@ -189,7 +189,7 @@ func TestSystemLifecycles(t *testing.T) {
 		h.ok("exec", "-u", "root", "dev", "sh", "-c", "echo kept > /root/file && ln -sf /bin/true /usr/sbin/init && sync")
 		h.ok("stop", "dev")
 		h.wantFree(fmt.Sprintf("in round %d, stopped,", round))
-		h.ok("start", "dev")
+		h.start("dev")
 		if out := h.ok("exec", "dev", "cat", "/root/file"); out != "kept\n" {
 			t.Fatalf("round %d: %q", round, out)
 		}

@@ -33,7 +33,7 @@ func TestSystemFull(t *testing.T) {
 	h := newSystemIn(t, dir, "--sparse=auto")
 	t.Cleanup(h.endSystem)
 	h.makeBare("dev", "512M")
-	h.ok("start", "dev")
+	h.start("dev")
 	h.ok("exec", "dev", "sh", "-c", "echo kept > /root/file && sync")
 	if v := h.show("dev"); v.Problem != "" {
 		t.Errorf("with room: %+v", v)
@@ -60,7 +60,7 @@ func TestSystemFull(t *testing.T) {
 	if err := os.Remove(filler); err != nil {
 		t.Fatal(err)
 	}
-	h.ok("start", "dev")
+	h.start("dev")
 	if out := h.ok("exec", "dev", "cat", "/root/file"); out != "kept\n" {
 		t.Errorf("with room again the disk has %q", out)
 	}

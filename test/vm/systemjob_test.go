@@ -1,6 +1,8 @@
 package vm
 
 import (
+	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -34,15 +36,25 @@ func TestSystemStubborn(t *testing.T) {
 	}
 	h.wantFree("ended by force")
 
-	h.ok("start", "dev")
+	h.start("dev")
 	kept("systemctl")
 	// A systemd that still starts takes the keys as one thing more to do.
 	h.ok("exec", "-u", "root", "dev", "systemctl", "is-system-running", "--wait")
-	sync("pkill -STOP -o -x banger-guest")
+	sync("date")
+	// The agent is what has started the command. It must still answer it.
+	h.ok("exec", "-u", "root", "dev", "sh", "-c", "(sleep 1; kill -STOP $PPID) >/dev/null 2>&1 </dev/null &")
+	waitFor(t, time.Minute, "the agent to be silent", func() bool {
+		hello := exec.Command("timeout", "5", filepath.Join(binDir(t), "banger"), "exec", "dev", "true")
+		hello.Env = h.env
+		err := hello.Run()
+		return err != nil
+	})
+	begun = time.Now()
 	h.ok("stop", "dev")
+	t.Logf("a guest whose agent hangs: stopped after %s", time.Since(begun).Round(time.Millisecond))
 	if v := h.show("dev"); v.State != "STOPPED" || v.Ended != "the guest powered off" {
 		t.Errorf("%+v", v)
 	}
-	h.ok("start", "dev")
-	kept("pkill")
+	h.start("dev")
+	kept("date")
 }

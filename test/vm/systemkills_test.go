@@ -46,7 +46,7 @@ func TestSystemKills(t *testing.T) {
 		h.ok("exec", "dev", "sh", "-c", "echo '"+what+"' >> /root/file && sync")
 	}
 	h.replaceDaemon("log")
-	h.ok("start", "dev")
+	h.start("dev")
 	write("begun")
 	for k := range max(len(starts), len(stops)) {
 		begun := time.Now()
@@ -59,7 +59,7 @@ func TestSystemKills(t *testing.T) {
 		h.wantDead(pid, start, "start", "dev")
 		h.startOrdered("log")
 		h.settled("dev", start)
-		h.ok("start", "dev")
+		h.start("dev")
 		if out := h.ok("exec", "dev", "cat", "/root/file"); out != written {
 			t.Fatalf("after %s and %s the disk has %q, want %q", stop, start, out, written)
 		}
@@ -124,7 +124,7 @@ func TestSystemProcessKilled(t *testing.T) {
 	h := newSystem(t)
 	neverTwo(t)
 	h.makeBare("dev", "3584M")
-	h.ok("start", "dev")
+	h.start("dev")
 	h.ok("exec", "dev", "sh", "-c", "echo kept > /root/file && sync")
 	kept := func(when string) {
 		t.Helper()
@@ -140,7 +140,7 @@ func TestSystemProcessKilled(t *testing.T) {
 		}
 		begun := time.Now()
 		kill(t, pid)
-		h.ok("start", "dev") // at once
+		h.start("dev") // at once
 		t.Logf("%s killed: runs again after %s", who, time.Since(begun).Round(time.Millisecond))
 		kept(who + " killed")
 	}
@@ -150,7 +150,7 @@ func TestSystemProcessKilled(t *testing.T) {
 		waitFor(t, 30*time.Second, "the state to be true", func() bool { return h.show("dev").State == "STOPPED" })
 		t.Logf("%s killed: seen after %s, as %q", who, time.Since(begun).Round(time.Millisecond), h.show("dev").Ended)
 		h.wantFree(who + " killed")
-		h.ok("start", "dev")
+		h.start("dev")
 
 		// While it stops: by force, so that there is one to kill.
 		h.paused("stop/agent/release/before", func() { kill(t, h.processOf("dev", who)) }, "stop", "--timeout", "0s", "dev")
@@ -171,7 +171,7 @@ func TestSystemProcessKilled(t *testing.T) {
 			}
 			h.wantFree("start, with the " + who + " killed")
 		}
-		h.ok("start", "dev")
+		h.start("dev")
 		kept("the " + who + " killed while it stops and starts")
 	}
 }

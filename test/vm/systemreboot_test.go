@@ -27,7 +27,7 @@ func TestSystemReboot(t *testing.T) {
 		}
 		for _, name := range names {
 			h.makeBare(name, "512M")
-			h.ok("start", name)
+			h.start(name)
 			h.ok("exec", name, "sh", "-c", "echo first > /root/file && sync")
 		}
 		h.ok("stop", "shop")
@@ -48,7 +48,7 @@ func TestSystemReboot(t *testing.T) {
 		}
 		h.wantFree("after the reboot")
 		for _, name := range names {
-			h.ok("start", name)
+			h.start(name)
 			if out := h.ok("exec", name, "cat", "/root/file"); out != "first\nsecond\n" {
 				t.Errorf("%s has %q", name, out)
 			}

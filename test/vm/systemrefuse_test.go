@@ -67,13 +67,13 @@ func TestSystemRefuses(t *testing.T) {
 			}
 			mend()
 			h.wantFree("mended, before a start")
-			h.ok("start", "dev")
+			h.start("dev")
 			h.ok("stop", "dev")
 		})
 	}
 	// A device that a crash has left, with nothing that holds it, is in nobody's way.
 	h.leaveDevice("dev")
-	h.ok("start", "dev")
+	h.start("dev")
 	h.ok("exec", "dev", "true")
 	h.ok("stop", "dev")
 	h.leaveDevice("dev")

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"banger/api"
@@ -68,7 +69,8 @@ func (m *Manager) Validate(ctx context.Context, r CreateRequest) error {
 	if r.DefaultPreset {
 		preset = ""
 	}
-	if err := m.refuseNetwork(preset, network.Allow, network.Publish); err != nil {
+	// Also who writes only what is denied takes it that there is a network.
+	if err := m.refuseNetwork(preset, slices.Concat(network.Allow, network.Deny), network.Publish); err != nil {
 		return err
 	}
 	if err := m.checkTaken(ctx, r); err != nil || r.NoStart || m.programs.Net == "" {

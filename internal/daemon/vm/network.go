@@ -116,8 +116,8 @@ func invalidNetwork(err error) error {
 }
 
 // refuseNetwork refuses, in words, what a host cannot do whose VMs have no network.
-func (m *Manager) refuseNetwork(preset string, allow, publish []string) error {
-	if m.programs.Net != "" || !wanted(preset, allow, publish) {
+func (m *Manager) refuseNetwork(preset string, rules, publish []string) error {
+	if m.programs.Net != "" || !wanted(preset, rules, publish) {
 		return nil
 	}
 	why := m.ability.NoNetwork

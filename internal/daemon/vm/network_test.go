@@ -344,13 +344,18 @@ func TestMissingCard(t *testing.T) {
 func TestNoNetwork(t *testing.T) {
 	none := &Manager{ability: driver.Ability{NoNetwork: "QEMU is too old"}}
 	there := &Manager{programs: Programs{Net: "/banger-net"}}
+	if err := none.refuseNetwork("none", []string{"a.test"}, nil); api.CodeOf(err) != api.Refused {
+		t.Errorf("a rule: %v", err)
+	}
+	if got := none.missingCard(store.VM{Network: netwire.Network{Preset: "none", Deny: []string{"a.test"}}}, nil); got != "" {
+		t.Errorf("a record that denies all the same: %q", got)
+	}
 	for _, c := range []struct {
 		n      netwire.Network
 		wanted bool
 	}{
 		{netwire.Network{}, false},
 		{netwire.Network{Preset: "none"}, false},
-		{netwire.Network{Preset: "none", Deny: []string{"a.test"}}, false},
 		{netwire.Network{Preset: "internet"}, true},
 		{netwire.Network{Preset: "none", Allow: []string{"a.test"}}, true},
 		{netwire.Network{Publish: []string{"80:80"}}, true},
