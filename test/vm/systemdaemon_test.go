@@ -1,8 +1,8 @@
 package vm
 
 import (
+	"context"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	bangerv1 "banger/api/banger/v1"
+	"banger/api/banger/v1/bangerv1connect"
 	"banger/internal/cli"
 	"banger/internal/daemon"
 )
@@ -94,16 +96,15 @@ func (h *host) startDaemon(c *exec.Cmd, env ...string) int {
 		h.t.Fatal(err)
 	}
 	go c.Wait()
+	machine := bangerv1connect.NewMachineClient(h.http(), "http://banger")
 	waitFor(h.t, time.Minute, "the system's daemon to serve", func() bool {
 		if isZombie(c.Process.Pid) {
 			text, _ := os.ReadFile(log.Name())
 			h.t.Fatalf("bangerd --system ended: %s", text)
 		}
-		conn, err := net.Dial("unix", filepath.Join(h.dir, "bangerd.sock"))
-		if err == nil {
-			conn.Close()
-		}
-		return err == nil
+		// One that was killed may have its socket open for a moment more.
+		status, err := machine.Status(context.Background(), &bangerv1.StatusRequest{})
+		return err == nil && int(status.Pid) == c.Process.Pid
 	})
 	return c.Process.Pid
 }

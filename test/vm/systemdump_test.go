@@ -18,7 +18,9 @@ func (h *host) start(name string) {
 	h.t.Helper()
 	late := time.AfterFunc(patience, func() { logVMMs(h.t) })
 	defer late.Stop()
+	begun := time.Now()
 	h.ok("start", name)
+	h.t.Logf("%s started within %s", name, time.Since(begun).Round(100*time.Millisecond))
 }
 
 // logVMMs says what the threads of all VMMs wait for, how much they have run, and what KVM

@@ -46,13 +46,12 @@ func TestSystemRefuses(t *testing.T) {
 		}
 	}
 	for _, c := range []struct {
-		name  string
-		spoil func(t *testing.T) (mend func())
-		says  string
-		hint  string
+		name, state string
+		spoil       func(t *testing.T) (mend func())
+		says        string
 	}{
-		{"changed image", h.changeImage, "has changed: it was modified at ", ""},
-		{"device in use", h.takeDevice, "busy", ""},
+		{"changed image", "STOPPED", h.changeImage, "has changed: it was modified at "},
+		{"device in use", "FAILED", h.takeDevice, " is still in use: device or resource busy"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			mend := c.spoil(t)
@@ -62,10 +61,16 @@ func TestSystemRefuses(t *testing.T) {
 			if r.code == 0 || !strings.Contains(r.stderr, c.says) {
 				t.Errorf("start: %s", r)
 			}
-			if v := h.show("dev"); v.State != "STOPPED" || v.LastError == "" {
+			if v := h.show("dev"); v.State != c.state || !strings.Contains(v.LastError, c.says) {
 				t.Errorf("%+v", v)
 			}
 			mend()
+			if c.state == "FAILED" {
+				if !strings.HasSuffix(r.stderr, "\nhint: banger stop dev\n") {
+					t.Errorf("start gives no hint: %s", r.stderr)
+				}
+				h.ok("stop", "dev")
+			}
 			h.wantFree("mended, before a start")
 			h.start("dev")
 			h.ok("stop", "dev")

@@ -85,6 +85,9 @@ func (m *Manager) boot(ctx context.Context, v *machine, readyAgent, reboot bool,
 	}
 	if err != nil {
 		as := outcome{lastError: err.Error(), reboot: reboot && ctx.Err() != nil}
+		if stuck != nil {
+			stuck = hinted(stuck, "banger stop "+v.rec.Name)
+		}
 		return errors.Join(err, stuck, m.settle(ctx, v, as, stuck))
 	}
 	m.watch(v)
